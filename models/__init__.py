@@ -1,0 +1,1 @@
+"""Checkpoints, tokenizers, and one file per architecture."""

@@ -1,0 +1,140 @@
+"""Every knob, with its unit and its meaning. Values are checked here, once, and never patched afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from offload.errors import UsageError
+from offload.units import MIB, parse_size
+
+KVType = Literal["f16", "f32"]
+MINIMUM: Final = "minimum"
+
+MICRO_BATCH_TOKENS: Final = 512
+"""Tokens that one graph computes in prefill. Fixed, never a function of the budget: the partition of a prompt decides which
+matrix kernels run, so a partition that followed the budget would make the last bits of the logits follow it too."""
+
+READ_BYTES: Final = 8 * MIB  # one disk request; 2 to 8 MiB measured alike, larger ones delay cancellation
+READ_WORKERS: Final = 4  # threads with a request in flight; one to four measured alike on dense models
+HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix moves in parts of at most this size, lest it set the ring's
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadConfig:
+    """How to open a model.
+
+    Attributes:
+        ram: bytes that the whole process may use; None takes what the machine has free less a margin; "minimum" takes the
+            least that works.
+        vram: bytes that may be used on the device; None leaves it to the plan. Meaningless on the CPU.
+        ctx: context length in tokens; None takes the model's own, at most 4096.
+        device: "auto", "cpu" (ggml), or a torch device such as "cuda:0" or "torch:cpu".
+        threads: compute threads; None takes the physical cores that this process may use.
+        kv_type: element type of the KV cache.
+        workers: reader threads of the NVMe tier.
+        trace: record a timeline for `--trace`.
+    """
+
+    ram: int | Literal["minimum"] | None = None
+    vram: int | None = None
+    ctx: int | None = None
+    device: str = "auto"
+    threads: int | None = None
+    kv_type: KVType = "f16"
+    workers: int = READ_WORKERS
+    trace: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("ctx", self.ctx, 1), ("threads", self.threads, 1), ("workers", self.workers, 1)):
+            if value is not None and value < least:
+                raise UsageError(f"{name}={value}: must be at least {least}")
+        if self.kv_type not in ("f16", "f32"):
+            raise UsageError(f"kv_type={self.kv_type!r}: choose f16 or f32")
+
+    @staticmethod
+    def parse_ram(ram: str | int | None) -> int | Literal["minimum"] | None:
+        """`"3GiB"`, bytes, `"minimum"` or None as the field `ram` wants it.
+
+        Raises:
+            UsageError: not a size.
+        """
+        if ram is None:
+            return None
+        return "minimum" if ram == MINIMUM else parse_size(ram)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingConfig:
+    """How the next token is chosen. Names, order and defaults are llama.cpp's; temperature 0 is greedy and exact."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = -1
+    dry_sequence_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    mirostat: Literal[0, 1, 2] = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        bounds = (
+            ("temperature", self.temperature, 0.0, 100.0),
+            ("top_p", self.top_p, 0.0, 1.0),
+            ("min_p", self.min_p, 0.0, 1.0),
+            ("typical_p", self.typical_p, 0.0, 1.0),
+            ("xtc_probability", self.xtc_probability, 0.0, 1.0),
+            ("xtc_threshold", self.xtc_threshold, 0.0, 1.0),
+            ("mirostat", self.mirostat, 0, 2),
+            ("seed", self.seed or 0, 0, 2**32 - 1),
+        )
+        for name, value, low, high in bounds:
+            if not low <= value <= high:
+                raise UsageError(f"{name}={value}: must lie between {low} and {high}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationConfig:
+    """One request: how much to generate, when to stop, what the text must match.
+
+    Attributes:
+        max_tokens: most tokens to generate; None fills the context.
+        stop: strings that end the answer; they are not part of it, also when they span token borders.
+        logprobs: number of alternatives to report beside each chosen token; None reports none.
+        json_schema: JSON schema (as text) that the answer must satisfy; `"{}"` is any JSON.
+        grammar: grammar in Lark or GBNF notation that the answer must satisfy.
+        ignore_eos: go on after the model's own end of text (for benchmarks).
+    """
+
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    logprobs: int | None = None
+    json_schema: str | None = None
+    grammar: str | None = None
+    ignore_eos: bool = False
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens is not None and self.max_tokens < 0:
+            raise UsageError(f"max_tokens={self.max_tokens}: must not be negative")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
+            raise UsageError(f"logprobs={self.logprobs}: must lie between 0 and 100")
+        if self.json_schema is not None and self.grammar is not None:
+            raise UsageError("json_schema and grammar: give one of the two")
+        if any(not text for text in self.stop):
+            raise UsageError("stop: an empty stop string would end every answer at once")

@@ -1,0 +1,1 @@
+"""The operations a model is written in, and the backends that run them."""

@@ -1,0 +1,1 @@
+"""The ggml backend: graphs on the CPU, computed straight from tier buffers."""

@@ -1,0 +1,108 @@
+"""The operations that a model definition is written in, and the batch it runs on.
+
+A model is written once against `Ops` and run by several backends: the ggml backend records the calls as a graph, the torch
+backend executes them. Handles are opaque to the model: whatever the backend returns is passed back to it.
+
+Shapes are given outermost first: an activation is `[num_tokens, features]`, a weight `[out_features, in_features]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, TypeVar
+
+T = TypeVar("T")
+
+Activation = Literal["silu", "gelu_tanh", "gelu"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rope:
+    """Rotary position embedding of one layer (Su et al., RoFormer, arXiv 2104.09864).
+
+    Attributes:
+        dims: leading features of each head that are rotated.
+        theta: base of the geometric progression of frequencies.
+        interleaved: pairs are neighbours (2i, 2i+1), as in GGUF llama files; otherwise halves (i, i + dims/2), as in
+            Hugging Face checkpoints.
+        frequency_scale: factor on every angle (linear position interpolation; 1/8 stretches the context eightfold).
+        factors: name of a vector [dims/2] of divisors of the frequencies (llama 3 and longrope scaling), or None.
+        magnitude: factor on the rotated vectors (attention factor of YaRN and longrope).
+    """
+
+    dims: int
+    theta: float
+    interleaved: bool = False
+    frequency_scale: float = 1.0
+    factors: str | None = None
+    magnitude: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attention:
+    """Softmax attention of one layer over its KV cache.
+
+    Attributes:
+        layer: index of the layer, and of its KV cache.
+        scale: factor on the query-key products.
+        window: a query at position p sees keys at positions in (p - window, p]; None sees all up to p.
+        softcap: scores become `softcap * tanh(score / softcap)` before the softmax; None leaves them.
+    """
+
+    layer: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+class Ops(Protocol[T]):
+    """One backend's operations for one batch. All results are float32 unless the backend's documentation says otherwise."""
+
+    def linear(self, x: T, weight: str, bias: str | None = None) -> T:
+        """`x @ weight.T + bias`: [num_tokens, in_features] -> [num_tokens, out_features]."""
+        ...
+
+    def rms_norm(self, x: T, weight: str | None, eps: float) -> T:
+        """`x / sqrt(mean(x**2) + eps) * weight` over the last dimension, of any rank."""
+        ...
+
+    def add(self, a: T, b: T) -> T:
+        """Elementwise sum of equal shapes."""
+        ...
+
+    def scale(self, x: T, factor: float) -> T:
+        """`x * factor`."""
+        ...
+
+    def softcap(self, x: T, cap: float) -> T:
+        """`cap * tanh(x / cap)`."""
+        ...
+
+    def split(self, x: T, sizes: Sequence[int]) -> tuple[T, ...]:
+        """Consecutive slices of the last dimension: [num_tokens, sum(sizes)] -> [num_tokens, size] each."""
+        ...
+
+    def heads(self, x: T, num_heads: int) -> T:
+        """[num_tokens, num_heads * head_dim] -> [num_tokens, num_heads, head_dim]."""
+        ...
+
+    def rope(self, x: T, rope: Rope) -> T:
+        """Rotates [num_tokens, num_heads, head_dim] by the positions of the batch."""
+        ...
+
+    def attention(self, query: T, key: T, value: T, attention: Attention) -> T:
+        """Stores key and value at the batch's positions, then attends.
+
+        Query is [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]; heads are grouped
+        when num_heads is a multiple of num_kv_heads. Returns [num_tokens, num_heads * head_dim].
+        """
+        ...
+
+    def glu(self, gate: T, up: T, activation: Activation) -> T:
+        """`activation(gate) * up`, elementwise (Shazeer, arXiv 2002.05202)."""
+        ...
+
+    def output_rows(self, x: T) -> T:
+        """The rows whose logits the batch asks for: [num_tokens, features] -> [num_outputs, features]."""
+        ...

@@ -1,0 +1,1 @@
+"""The torch backend: the same model definitions on any torch device."""

@@ -1,0 +1,1 @@
+"""What will be needed next, and what to drop: pure policies, without torch and without I/O."""

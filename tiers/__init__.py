@@ -1,0 +1,1 @@
+"""Places where bytes live, and how they get from one to another."""
