@@ -1,0 +1,264 @@
+"""The NVMe tier: worker threads that read extents of files by direct I/O into memory that the caller owns.
+
+An extent is read as its page-aligned window, in pieces; pieces of all extents start in the order in which they were asked
+for. Knows files and byte ranges, not what they mean or who will use them.
+
+Threads: `read_extent`, `cancel_pending`, `drain`, `check_files` and `statistics` may be called from any thread; the owner
+calls `close`. The queue and the counters are guarded by one lock; a handle ends on a worker's thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+from offload.blocks import Extent
+from offload.config import READ_BYTES
+from offload.errors import Cancelled, ClosedError, StorageError
+from offload.results import EdgeUse
+from offload.tiers.base import TIMEOUT_S, OnRead, TransferHandle
+from offload.tiers.files import File, Storage, read_exactly
+from offload.units import PAGE
+
+
+class Piece(NamedTuple):
+    """One disk request: fill `destination` from `offset`; at least `needed` bytes must exist."""
+
+    file: File
+    offset: int
+    destination: memoryview
+    needed: int
+    handle: TransferHandle
+
+
+class NvmeReader:
+    """Reads extents of `files` with `workers` requests in flight, each of at most `read_bytes`.
+
+    Args:
+        storage: opens the files; all are pinned to what they are now.
+        on_read: called on the worker's thread after each request.
+
+    Raises:
+        StorageError: a file cannot be opened.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        files: Sequence[Path],
+        workers: int,
+        read_bytes: int = READ_BYTES,
+        on_read: OnRead | None = None,
+    ) -> None:
+        assert workers > 0 and read_bytes > 0 and read_bytes % PAGE == 0, (workers, read_bytes)
+        self._files = open_all(storage, files)
+        self._read_bytes = read_bytes
+        self._on_read = on_read
+        self._lock = threading.Lock()
+        self._work = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
+        self._queue: deque[Piece] = deque()
+        self._use = _Use()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._serve, name=f"offload-nvme-{i}", daemon=True) for i in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read_extent(self, extent: Extent, destination: memoryview) -> TransferHandle:
+        """Starts reading the extent's window; its bytes will be at `destination[extent.lead:]`.
+
+        Args:
+            destination: writable, page-aligned, at least `extent.window_nbytes` long; not to be touched before the handle
+                has ended. What follows the extent in it is undefined.
+
+        Raises:
+            StorageError: the file ends before the extent does.
+            ClosedError: the reader is closed.
+        """
+        file = self._files[extent.path]
+        assert len(destination) >= extent.window_nbytes, (len(destination), extent)
+        check_inside(file, extent)
+        if extent.nbytes == 0:
+            return TransferHandle.completed()
+        pieces = self._split(file, extent, destination)
+        with self._lock:
+            if self._closing:
+                raise ClosedError("the reader of the model's files is closed; load the model again")
+            self._queue.extend(pieces)
+            self._work.notify(len(pieces))
+        return pieces[0].handle
+
+    def cancel_pending(self) -> int:
+        """Drops the pieces that have not started and tells how many; their handles end with Cancelled."""
+        with self._lock:
+            dropped = list(self._queue)
+            self._queue.clear()
+            self._idle.notify_all()
+        for piece in dropped:
+            piece.handle.fail(Cancelled("the read was dropped before it started"))
+        return len(dropped)
+
+    def drain(self, timeout_s: float = TIMEOUT_S) -> None:
+        """Returns when nothing is queued or in flight.
+
+        Raises:
+            StorageError: no request ended for `timeout_s`.
+        """
+        with self._lock:
+            seen, deadline = self._use.ended, time.monotonic() + timeout_s
+            while self._queue or self._use.in_flight:
+                if self._use.ended != seen:
+                    seen, deadline = self._use.ended, time.monotonic() + timeout_s
+                if not self._idle.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    raise self._hangs(timeout_s)
+
+    def check_files(self) -> None:
+        """
+        Raises:
+            StorageError: a file is no longer the one that was opened.
+        """
+        for file in self._files.values():
+            check_unchanged(file)
+
+    def statistics(self) -> EdgeUse:
+        """Bytes that arrived and the time with a request in flight, up to now."""
+        with self._lock:
+            return EdgeUse(bytes=self._use.nbytes, busy_s=self._use.busy_until(time.perf_counter()))
+
+    def close(self) -> None:
+        """Drops what has not started, waits for what has, ends the workers, closes the files. Idempotent.
+
+        Raises:
+            StorageError: a request hangs; its file stays open.
+        """
+        with self._lock:
+            self._closing = True
+            self._work.notify_all()
+        self.cancel_pending()
+        for thread in self._threads:
+            thread.join(TIMEOUT_S)
+            if thread.is_alive():
+                raise self._hangs(TIMEOUT_S)
+        for file in self._files.values():
+            file.close()
+
+    def _split(self, file: File, extent: Extent, destination: memoryview) -> list[Piece]:
+        window, step = extent.window_nbytes, self._read_bytes
+        handle = TransferHandle(pieces=-(-window // step), nbytes=window)
+        pieces = []
+        for start in range(0, window, step):
+            stop = min(start + step, window)
+            offset = extent.window_offset + start
+            needed = min(extent.end - offset, stop - start)
+            pieces.append(Piece(file, offset, destination[start:stop], needed, handle))
+        return pieces
+
+    def _serve(self) -> None:
+        while self._serve_one():
+            pass  # a frame of its own per piece: an idle worker must not keep a destination alive
+
+    def _serve_one(self) -> bool:
+        with self._lock:
+            while not self._queue:
+                if self._closing:
+                    return False
+                self._work.wait()
+            piece = self._queue.popleft()
+            self._use.start(time.perf_counter())
+        error = self._read(piece)
+        with self._lock:
+            self._use.end(time.perf_counter(), 0 if error else len(piece.destination))
+            self._idle.notify_all()
+        if error is None:
+            piece.handle.complete(len(piece.destination))
+        else:
+            piece.handle.fail(error)
+        return True
+
+    def _read(self, piece: Piece) -> Exception | None:
+        """Reads a piece and returns what went wrong: the worker survives every error, the handle carries it."""
+        start_s = time.perf_counter()
+        try:
+            try:
+                read_exactly(piece.file, piece.destination, piece.offset, piece.needed)
+            finally:  # also after a failure: "the file was truncated" explains a short read
+                check_unchanged(piece.file)
+            if self._on_read is not None:
+                size = len(piece.destination)
+                self._on_read(start_s, time.perf_counter(), size, piece.file.path, piece.offset)
+        except Exception as error:
+            return error
+        return None
+
+    def _hangs(self, timeout_s: float) -> StorageError:
+        return StorageError(
+            f"reader: {self._use.in_flight} requests in flight and none ended for {timeout_s:g} s; "
+            "the disk hangs or is overloaded: check it and load the model again"
+        )
+
+
+class _Use:
+    """Counts traffic, and the time with at least one request in flight. The reader's lock guards it."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.in_flight = 0
+        self.ended = 0
+        self._busy_s = 0.0
+        self._since_s = 0.0
+
+    def start(self, now_s: float) -> None:
+        if self.in_flight == 0:
+            self._since_s = now_s
+        self.in_flight += 1
+
+    def end(self, now_s: float, nbytes: int) -> None:
+        self.nbytes += nbytes
+        self.in_flight -= 1
+        self.ended += 1
+        if self.in_flight == 0:
+            self._busy_s += now_s - self._since_s
+
+    def busy_until(self, now_s: float) -> float:
+        return self._busy_s + (now_s - self._since_s if self.in_flight else 0.0)
+
+
+def open_all(storage: Storage, paths: Sequence[Path]) -> dict[Path, File]:
+    """Opens every path, or none: a failure closes those opened before it."""
+    with ExitStack() as stack:
+        files: dict[Path, File] = {}
+        for path in dict.fromkeys(paths):
+            files[path] = storage.open(path)
+            stack.callback(files[path].close)
+        stack.pop_all()
+        return files
+
+
+def check_inside(file: File, extent: Extent) -> None:
+    """
+    Raises:
+        StorageError: the extent passes the end of the file.
+    """
+    if extent.end > file.nbytes:
+        raise StorageError(
+            f"{file.path}: bytes {extent.offset} to {extent.end} wanted, the file has {file.nbytes}; download it again",
+            path=str(file.path),
+            offset=extent.offset,
+        )
+
+
+def check_unchanged(file: File) -> None:
+    """
+    Raises:
+        StorageError: the file is no longer the one that was opened.
+    """
+    difference = file.changed()
+    if difference is not None:
+        raise StorageError(f"{file.path}: {difference} while it was in use; load the model again", path=str(file.path))
