@@ -1,0 +1,125 @@
+"""Saved chats and the history of typed lines: files that are readable whenever the program is killed.
+
+A chat is written beside its place, synced, and renamed over it: the place holds the old chat or the new one, never half.
+Files are for their owner's eyes only (mode 0600).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+from platformdirs import user_data_path, user_state_path
+
+from offload.errors import CheckpointError, StorageError, UsageError
+
+Messages = list[dict[str, str]]
+FORMAT: Final = "offload-chat-1"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_LARGEST_CHAT: Final = 64 * 1024**2
+
+
+def chat_path(name: str) -> Path:
+    """Where the chat `name` lies: a plain word in the user's data folder, anything with a separator as a path.
+
+    Raises:
+        UsageError: empty, or neither a word nor a path.
+    """
+    if "/" in name or os.sep in name or name.startswith("~"):
+        return Path(name).expanduser()
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"chat name {name!r}: use letters, digits, dots and dashes, or a path with a slash")
+    return user_data_path("offload") / "chats" / f"{name}.json"
+
+
+def history_path() -> Path:
+    """The file of typed lines, created empty and private when it is missing.
+
+    Raises:
+        OSError: the folder cannot be made or the file cannot be opened.
+    """
+    path = user_state_path("offload") / "history"
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    os.close(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600))
+    path.chmod(0o600)
+    return path
+
+
+def save_chat(path: Path, messages: Messages, *, model: str, options: dict[str, Any]) -> None:
+    """Write a chat. On return it is on the disk; on an error the earlier file is untouched.
+
+    Raises:
+        StorageError: no space, no permission, an I/O error.
+    """
+    chat = {"format": FORMAT, "model": model, "messages": messages, "options": options}
+    try:
+        write_private(path, json.dumps(chat, ensure_ascii=False, indent=1).encode())
+    except OSError as error:
+        raise StorageError(
+            f"cannot save the chat to {path}: {error.strerror}", path=str(path), errno=error.errno
+        ) from error
+
+
+def load_chat(path: Path) -> tuple[Messages, dict[str, Any]]:
+    """Messages and options of a saved chat.
+
+    Raises:
+        UsageError: no such file.
+        CheckpointError: not a chat that `save_chat` wrote.
+        StorageError: it cannot be read.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_CHAT:
+            raise CheckpointError(f"{path}: larger than any chat (limit 64 MiB)", path=str(path))
+        chat = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path}: no such chat") from error
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}", path=str(path), errno=error.errno) from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not a saved chat (no valid JSON)", path=str(path)) from error
+    if not _is_chat(chat):
+        raise CheckpointError(f"{path}: not a saved chat (expected format {FORMAT!r} and messages)", path=str(path))
+    return chat["messages"], chat.get("options", {})
+
+
+def _is_chat(chat: Any) -> bool:
+    if not isinstance(chat, dict) or chat.get("format") != FORMAT or not isinstance(chat.get("messages"), list):
+        return False
+    well_formed = all(
+        isinstance(message, dict)
+        and message.keys() == {"role", "content"}
+        and all(isinstance(v, str) for v in message.values())
+        for message in chat["messages"]
+    )
+    return well_formed and isinstance(chat.get("options", {}), dict)
+
+
+def write_private(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` atomically and durably: temporary file, sync, rename, sync of the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp's mode is 0600
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def _sync_folder(folder: Path) -> None:
+    if not hasattr(os, "O_DIRECTORY"):
+        return  # Windows has no handle for a folder; its rename is durable by itself
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

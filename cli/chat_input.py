@@ -1,0 +1,106 @@
+"""Where the user's lines come from: an editing prompt on a terminal, plain lines from a pipe.
+
+Both join what stands between triple quotes into one message. Neither knows commands nor engines.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Final, Protocol, TextIO
+
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
+from prompt_toolkit.completion import WordCompleter
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.formatted_text import HTML
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+
+QUOTES: Final = '"""'
+LEAVE_HINT: Final = "To leave: Ctrl-D, or /bye"
+
+
+class Input(Protocol):
+    """Source of messages."""
+
+    def read(self) -> str | None:
+        """The next message, or None when the user is done."""
+        ...
+
+
+def is_open(text: str) -> bool:
+    """Whether `text` starts a triple-quoted message that is not yet closed."""
+    start = text.lstrip()
+    return start.startswith(QUOTES) and not (len(start) >= 6 and start.rstrip().endswith(QUOTES))
+
+
+def unquote(text: str) -> str:
+    """`text` without its triple quotes and the white space around it."""
+    stripped = text.strip()
+    if stripped.startswith(QUOTES):
+        stripped = stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+    return stripped
+
+
+class PlainInput:
+    """Lines of a stream, to its end."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def read(self) -> str | None:
+        text = self._stream.readline()
+        while is_open(text) and (line := self._stream.readline()):
+            text += line
+        return unquote(text) if text else None
+
+
+class LineHistory(FileHistory):
+    """History in a file that may fail to be written (disk full): the chat goes on, and `warn` is told once."""
+
+    def __init__(self, path: Path, warn: Callable[[str], None]) -> None:
+        super().__init__(str(path))
+        self._warn: Callable[[str], None] | None = warn
+
+    def store_string(self, string: str) -> None:
+        try:
+            super().store_string(string)
+        except OSError as error:
+            if self._warn is not None:
+                self._warn(f"the input history is not kept: {error.strerror}")
+            self._warn = None
+
+
+class TerminalInput:
+    """An editing prompt with history and completion of commands. Pasted line feeds do not send.
+
+    Ctrl-C clears the line, or on an empty one says how to leave; Ctrl-D leaves.
+    """
+
+    def __init__(self, history: History | None, commands: Iterable[str], say: Callable[[str], None]) -> None:
+        self._say = say
+        self._session: PromptSession[str] = PromptSession(
+            message=">>> ",
+            history=history or InMemoryHistory(),
+            multiline=Condition(lambda: is_open(get_app().current_buffer.text)),
+            prompt_continuation="... ",
+            placeholder=HTML("<ansibrightblack>Ask something, or /help</ansibrightblack>"),
+            completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
+            complete_while_typing=False,
+        )
+
+    def read(self) -> str | None:
+        while True:
+            try:
+                return unquote(self._session.prompt())
+            except EOFError:
+                return None
+            except KeyboardInterrupt:
+                if not self._session.default_buffer.text:
+                    self._say(LEAVE_HINT)
+
+
+def is_interactive() -> bool:
+    """Whether a person sits at both ends."""
+    return sys.stdin.isatty() and sys.stdout.isatty()

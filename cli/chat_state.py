@@ -1,0 +1,109 @@
+"""A conversation as data: messages, system message, and the options of the next answer. Knows no terminal and no engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Final
+
+from offload.cli.chat_files import Messages
+from offload.config import GenerationConfig, SamplingConfig
+from offload.errors import UsageError
+
+_SAMPLING: Final = {
+    f.name: f.type for f in fields(SamplingConfig) if f.name not in ("logit_bias", "dry_sequence_breakers")
+}
+_REQUEST: Final = {
+    f.name: f.type for f in fields(GenerationConfig) if f.name in ("max_tokens", "stop", "json_schema", "grammar")
+}
+PARAMETERS: Final = {**_SAMPLING, **_REQUEST}
+"""What `/set` accepts, with the annotation of its type."""
+
+
+@dataclass(slots=True)
+class Conversation:
+    """`messages` alternate user and assistant; the system message is apart. `options` go to the engine verbatim."""
+
+    messages: Messages = field(default_factory=list)
+    system: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def prompt(self) -> Messages:
+        """All messages, the system message first."""
+        head = [{"role": "system", "content": self.system}] if self.system else []
+        return head + self.messages
+
+    def ask(self, text: str) -> None:
+        """Append what the user said."""
+        self.messages.append({"role": "user", "content": text})
+
+    def answer(self, text: str) -> None:
+        """Append what the model said; without a text the question is taken back, lest two questions follow each other."""
+        if text:
+            self.messages.append({"role": "assistant", "content": text})
+        else:
+            self.take_back()
+
+    def take_back(self) -> str | None:
+        """Remove the last question and its answer. Returns the question, or None when there is none."""
+        while self.messages:
+            message = self.messages.pop()
+            if message["role"] == "user":
+                return message["content"]
+        return None
+
+    def restore(self, messages: Messages, options: dict[str, Any]) -> None:
+        """Take over a saved chat. Options are checked as if typed; unknown ones are refused.
+
+        Raises:
+            UsageError: an option that does not exist or has a wrong value. Nothing has changed then.
+        """
+        options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        check_options(options)
+        self.system = "".join(m["content"] for m in messages[:1] if m["role"] == "system")
+        self.messages = [dict(m) for m in messages if m["role"] != "system"]
+        self.options = options
+
+    def set(self, name: str, text: str) -> Any:
+        """Set the option `name` from text; "default" removes it. Returns the new value or None.
+
+        Raises:
+            UsageError: no such option, or a value that it cannot have. Nothing has changed then.
+        """
+        if text == "default" and name in PARAMETERS:
+            self.options.pop(name, None)
+            return None
+        value = _parse(name, text)
+        options = {**self.options, name: value}
+        if name in ("json_schema", "grammar"):  # one excludes the other: the later wins
+            options.pop("grammar" if name == "json_schema" else "json_schema", None)
+        check_options(options)
+        self.options = options
+        return value
+
+
+def check_options(options: dict[str, Any]) -> None:
+    """Raises:
+    UsageError: an unknown option, or a value out of its bounds.
+    """
+    if unknown := options.keys() - PARAMETERS.keys():
+        raise UsageError(f"no parameter {min(unknown)!r}; there are {', '.join(PARAMETERS)}")
+    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    request = {name: value for name, value in options.items() if name in _REQUEST}
+    try:
+        GenerationConfig(**request, sampling=SamplingConfig(**sampling))
+    except TypeError as error:
+        raise UsageError(f"a parameter has a value of the wrong type ({error})") from error
+
+
+def _parse(name: str, text: str) -> Any:
+    if name not in PARAMETERS:
+        raise UsageError(f"no parameter {name!r}; there are {', '.join(PARAMETERS)}")
+    kind = str(PARAMETERS[name])
+    try:
+        if kind.startswith(("int", "Literal")):
+            return int(text)
+        if kind.startswith("float"):
+            return float(text)
+    except ValueError:
+        raise UsageError(f"{name}: {text!r} is not a number") from None
+    return (text,) if kind.startswith("tuple") else text

@@ -1,0 +1,165 @@
+"""`offload inspect`: what a model file or folder holds, read from its headers alone. Runs nothing that it contains."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from offload.cli.models import resolve_model
+from offload.cli.options import DebugOption, JsonOption, ModelArgument
+from offload.cli.text import printable
+from offload.models.checkpoint import open_checkpoint
+from offload.models.checkpoint.base import Checkpoint
+from offload.units import format_size
+
+_SHOWN: Final = 200  # characters of a value that a table shows
+TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
+
+
+def inspect(
+    model: ModelArgument = None, tensors: TensorsOption = False, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show what a model file holds."""
+    del debug
+    checkpoint = open_checkpoint(resolve_model(model))
+    facts = describe(checkpoint)
+    if tensors:
+        facts["tensors"] = [tensor_json(checkpoint, name) for name in checkpoint.tensors]
+    if as_json:
+        typer.echo(json.dumps(facts, ensure_ascii=False))
+    else:
+        show(facts)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The facts as a JSON object."""
+    template = chat_template(checkpoint)
+    return {
+        "path": str(checkpoint.path),
+        "format": checkpoint.format,
+        "architecture": checkpoint.architecture,
+        "name": _first(checkpoint, "general.name", "_name_or_path"),
+        "license": _first(checkpoint, "general.license", "license"),
+        "parameters": sum(tensor.num_elements for tensor in checkpoint.tensors.values()),
+        "bytes": checkpoint.nbytes,
+        "context_length": _first(checkpoint, f"{checkpoint.architecture}.context_length", "max_position_embeddings"),
+        "elements": element_histogram(checkpoint),
+        "tokenizer": tokenizer_kind(checkpoint),
+        "chat_template": template is not None,
+        "chat_template_characters": len(template or ""),
+        "remote_code": asks_for_code(checkpoint),
+        "files": [{"path": str(path), "bytes": path.stat().st_size} for path in checkpoint.files],
+        "fingerprint": checkpoint.fingerprint,
+    }
+
+
+def element_histogram(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
+    """Tensors, parameters and bytes by element type, the most bytes first."""
+    found: dict[str, Counter[str]] = {}
+    for tensor in checkpoint.tensors.values():
+        counts = found.setdefault(tensor.element.name, Counter())
+        counts.update(tensors=1, parameters=tensor.num_elements, bytes=tensor.extent.nbytes)
+    return {name: dict(counts) for name, counts in sorted(found.items(), key=lambda item: -item[1]["bytes"])}
+
+
+def tokenizer_kind(checkpoint: Checkpoint) -> str | None:
+    """`tokenizer.ggml.model` of a GGUF, the file of a folder, or None."""
+    if checkpoint.format == "gguf":
+        kind = checkpoint.metadata.get("tokenizer.ggml.model")
+        return str(kind) if kind is not None else None
+    names = ("tokenizer.json", "tokenizer.model")
+    return next((name for name in names if (checkpoint.path / name).is_file()), None)
+
+
+def chat_template(checkpoint: Checkpoint) -> str | None:
+    """Source of the chat template, or None. It is shown, never run here."""
+    if checkpoint.format == "gguf":
+        template = checkpoint.metadata.get("tokenizer.chat_template")
+        return template if isinstance(template, str) else None
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = checkpoint.path / name
+        if path.is_file():
+            text = path.read_text(encoding="utf-8", errors="replace")
+            found = text if name.endswith("jinja") else _template_of(text)
+            if found is not None:
+                return found
+    return None
+
+
+def _template_of(text: str) -> str | None:
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError):
+        return None  # a broken tokenizer_config is the tokenizer's to report; here it only means: no template seen
+    template = config.get("chat_template") if isinstance(config, dict) else None
+    return template if isinstance(template, str) else None
+
+
+def asks_for_code(checkpoint: Checkpoint) -> bool:
+    """Whether the folder wants its own Python code run (`auto_map`, *.py). It never is."""
+    if checkpoint.format == "gguf":
+        return False
+    return "auto_map" in checkpoint.metadata or any(checkpoint.path.glob("*.py"))
+
+
+def tensor_json(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """One tensor and its place."""
+    tensor = checkpoint.tensors[name]
+    return {
+        "name": name,
+        "element": tensor.element.name,
+        "shape": list(tensor.shape),
+        "bytes": tensor.extent.nbytes,
+        "file": tensor.extent.path.name,
+        "offset": tensor.extent.offset,
+    }
+
+
+def _first(checkpoint: Checkpoint, *keys: str) -> Any:
+    values = (checkpoint.metadata.get(key) for key in keys)
+    return next((value for value in values if isinstance(value, str | int | float)), None)
+
+
+def show(facts: dict[str, Any]) -> None:
+    """Print the facts as tables."""
+    console = Console(highlight=False, markup=False)
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, value in _rows(facts):
+        table.add_row(label, printable(str(value))[:_SHOWN])
+    console.print(table)
+    if "tensors" in facts:
+        console.print(_tensor_table(facts["tensors"]))
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
+    yield "model", facts["name"] or Path(facts["path"]).name
+    yield "format", facts["format"]
+    yield "architecture", facts["architecture"]
+    yield "parameters", f"{facts['parameters'] / 1e9:.3g} billion ({format_size(facts['bytes'])})"
+    yield "context", facts["context_length"] or "not stated"
+    for element, counts in facts["elements"].items():
+        yield f"  {element}", f"{counts['tensors']} tensors, {format_size(counts['bytes'])}"
+    yield "tokenizer", facts["tokenizer"] or "none: token ids only"
+    characters = facts["chat_template_characters"]
+    yield "chat template", f"{characters} characters, run in a sandbox" if facts["chat_template"] else "none"
+    yield "license", facts["license"] or "not stated"
+    yield "remote code", "asked for, and never run" if facts["remote_code"] else "none"
+    for file in facts["files"]:
+        yield "file", f"{file['path']} ({format_size(file['bytes'])})"
+
+
+def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
+    table = Table("tensor", "type", "shape", "size", "offset", box=None)
+    for tensor in tensors:
+        shape = " x ".join(str(size) for size in tensor["shape"])
+        table.add_row(
+            printable(tensor["name"]), tensor["element"], shape, format_size(tensor["bytes"]), str(tensor["offset"])
+        )
+    return table

@@ -1,0 +1,46 @@
+"""From options to an engine or a plan. The one place of the command line that touches the engine.
+
+`offload.engine` is imported when a model is opened and not before: it loads numpy and the kernel libraries, which
+`offload run --help` and a usage error need not wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from offload.cli.models import resolve_model
+from offload.cli.options import LoadOptions
+from offload.cli.progress import Bars
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
+    from offload.plan import Plan
+
+
+def _engine_module() -> Any:
+    return import_module("offload.engine")
+
+
+@contextmanager
+def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterator[Engine]:
+    """Load the model, and write the trace when it was asked for, also after an error."""
+    path = resolve_model(model)
+    engine: Engine = _engine_module().load(
+        path, **options.planning(), trace=options.trace is not None, progress=bars.update
+    )
+    with engine:
+        bars.stop()
+        try:
+            yield engine
+        finally:
+            if options.trace is not None:
+                engine.write_trace(options.trace)
+
+
+def make_plan(model: Path | None, options: LoadOptions) -> Plan:
+    """The plan for the model, without loading its weights."""
+    return cast("Plan", _engine_module().plan_model(resolve_model(model), **options.planning()))

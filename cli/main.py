@@ -1,0 +1,115 @@
+"""The `offload` program: its commands, its exit codes, and how an error reaches the user.
+
+    0    done
+    1    failed: one line on stderr, `offload: error: ...`, and a traceback only with --debug
+    2    bad usage
+    130  interrupted
+
+A command's module is imported when that command runs, never to list it: `offload --help` and shell completion of the
+command names load neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from typing import Annotated, Any, Final
+
+import typer
+from typer.core import TyperGroup
+
+import offload
+from offload.cli.options import debug_requested
+from offload.errors import OffloadError, UsageError
+
+COMMANDS: Final = {
+    "chat": "Talk with a model. Without MODEL: with the demo model.",
+    "run": "Complete one prompt and print the text.",
+    "plan": "Show what would lie where in memory, and how fast it would run. Loads nothing.",
+    "inspect": "Show what a model file holds. Loads nothing.",
+    "doctor": "Measure this machine and say what is missing.",
+    "bench": "Measure prefill and decode speed, and the share of the disk's limit that was reached.",
+}
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+
+class CommandGroup(TyperGroup):
+    """Lists the commands from `COMMANDS`, imports the chosen one, and turns our errors into exit codes."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command if name is None else load_command(name), rest
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OffloadError as error:
+            report(error, debug=debug_requested(ctx))
+            raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED) from error
+        except (KeyboardInterrupt, EOFError) as error:
+            raise typer.Exit(EXIT_INTERRUPTED) from error
+        except BrokenPipeError:
+            raise  # typer closes the streams quietly
+        except OSError as error:
+            report(error, debug=debug_requested(ctx))
+            raise typer.Exit(EXIT_FAILED) from error
+
+
+def report(error: Exception, *, debug: bool) -> None:
+    """Write `error` to stderr as one line, after its traceback when `debug`."""
+    if debug:
+        traceback.print_exception(error)
+    line = " ".join(str(error).split()) or type(error).__name__
+    typer.echo(f"offload: error: {line}", err=True)
+
+
+def load_command(name: str) -> Any:
+    """Import `offload.cli.<name>` and make a command of its function `<name>`."""
+    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    single.command(name, help=COMMANDS[name], no_args_is_help=False)(
+        getattr(import_module(f"offload.cli.{name}"), name)
+    )
+    return typer.main.get_command(single)
+
+
+app = typer.Typer(
+    cls=CommandGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Run language models that do not fit: weights streamed across VRAM, RAM and NVMe, exact at any budget.",
+)
+
+
+def _listed_only() -> None:
+    """Stands in the listing for a command; `CommandGroup` replaces it before anything runs."""
+
+
+for _name, _summary in COMMANDS.items():
+    app.command(_name, help=_summary)(_listed_only)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"offload {offload.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and leave.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    del version
+
+
+def main() -> None:
+    """Entry point of the `offload` script."""
+    try:
+        app(prog_name="offload")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)

@@ -1,0 +1,184 @@
+"""The options that commands share, in llama.cpp's names, with their environment variables.
+
+An option on the command line beats its variable. What is not given is left out, so that `offload.config` alone holds the
+defaults. Knows nothing of what the values do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Final
+
+import typer
+
+from offload.errors import UsageError
+
+_DEBUG: Final = "offload.debug"
+_MEMORY: Final = "Memory and device"
+_SAMPLING: Final = "Sampling"
+_ANSWER: Final = "Answer"
+
+
+def _remember_debug(ctx: typer.Context, value: bool) -> bool:
+    ctx.meta[_DEBUG] = value
+    return value
+
+
+def debug_requested(ctx: Any) -> bool:
+    """Whether `--debug` was given to the command that runs under `ctx`."""
+    return bool(ctx.meta.get(_DEBUG, False))
+
+
+class KVType(str, Enum):
+    """Element types of the KV cache."""
+
+    f16 = "f16"
+    f32 = "f32"
+
+
+def _memory(*names: str, about: str, env: str | None = None) -> Any:
+    return typer.Option(*names, help=about, envvar=env, show_default=False, rich_help_panel=_MEMORY)
+
+
+def _sampling(*names: str, about: str, default: object) -> Any:
+    return typer.Option(*names, help=about, show_default=str(default), rich_help_panel=_SAMPLING)
+
+
+def _answer(*names: str, about: str) -> Any:
+    return typer.Option(*names, help=about, show_default=False, rich_help_panel=_ANSWER)
+
+
+ModelArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="A .gguf file or a Hugging Face folder. Left out: the demo model.",
+        envvar="OFFLOAD_MODEL",
+        show_default=False,
+    ),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+DebugOption = Annotated[
+    bool,
+    typer.Option("--debug", help="Show the traceback of an error.", callback=_remember_debug, envvar="OFFLOAD_DEBUG"),
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No progress bars and no notes on stderr.", envvar="OFFLOAD_QUIET")
+]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions:
+    """How to open the model: the arguments of `offload.load`."""
+
+    ram: Annotated[
+        str | None,
+        _memory("--ram", about="Memory for the whole process, such as 6GiB, 3000M or minimum.", env="OFFLOAD_RAM"),
+    ] = None
+    vram: Annotated[str | None, _memory("--vram", about="Memory on the device.", env="OFFLOAD_VRAM")] = None
+    ctx: Annotated[
+        int | None, _memory("--ctx", "--ctx-size", "-c", about="Context length in tokens.", env="OFFLOAD_CTX")
+    ] = None
+    device: Annotated[str, _memory("--device", about="auto, cpu, cuda:0 or torch:cpu.", env="OFFLOAD_DEVICE")] = "auto"
+    threads: Annotated[int | None, _memory("--threads", "-t", about="Compute threads.", env="OFFLOAD_THREADS")] = None
+    kv_type: Annotated[KVType, _memory("--kv-type", about="Element type of the KV cache.", env="OFFLOAD_KV_TYPE")] = (
+        KVType.f16
+    )
+    trace: Annotated[
+        Path | None,
+        _memory(
+            "--trace", about="Write a timeline of compute, waits and reads (Chrome or Perfetto).", env="OFFLOAD_TRACE"
+        ),
+    ] = None
+
+    def planning(self) -> dict[str, Any]:
+        """Arguments that planning and loading share."""
+        return {
+            "ram": self.ram,
+            "vram": self.vram,
+            "ctx": self.ctx,
+            "device": self.device,
+            "threads": self.threads,
+            "kv_type": self.kv_type.value,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen: fields of `offload.config.SamplingConfig` under llama.cpp's names."""
+
+    temperature: Annotated[
+        float | None, _sampling("--temperature", "--temp", about="0 is greedy and exact.", default=0.8)
+    ] = None
+    top_k: Annotated[int | None, _sampling("--top-k", about="Most probable tokens kept; 0: all.", default=40)] = None
+    top_p: Annotated[float | None, _sampling("--top-p", about="Probability mass kept.", default=0.95)] = None
+    min_p: Annotated[float | None, _sampling("--min-p", about="Least share of the best token's.", default=0.05)] = None
+    typical_p: Annotated[
+        float | None, _sampling("--typical-p", "--typical", about="Locally typical mass; 1: off.", default=1.0)
+    ] = None
+    top_n_sigma: Annotated[
+        float | None, _sampling("--top-n-sigma", "--top-nsigma", about="Deviations kept; -1: off.", default=-1)
+    ] = None
+    repeat_penalty: Annotated[float | None, _sampling("--repeat-penalty", about="1: off.", default=1.0)] = None
+    repeat_last_n: Annotated[
+        int | None, _sampling("--repeat-last-n", about="Tokens that penalties look back.", default=64)
+    ] = None
+    presence_penalty: Annotated[float | None, _sampling("--presence-penalty", about="0: off.", default=0.0)] = None
+    frequency_penalty: Annotated[float | None, _sampling("--frequency-penalty", about="0: off.", default=0.0)] = None
+    dry_multiplier: Annotated[float | None, _sampling("--dry-multiplier", about="0: off.", default=0.0)] = None
+    dry_base: Annotated[float | None, _sampling("--dry-base", about="Growth of the DRY penalty.", default=1.75)] = None
+    dry_allowed_length: Annotated[
+        int | None, _sampling("--dry-allowed-length", about="Repeats that DRY lets pass.", default=2)
+    ] = None
+    dry_penalty_last_n: Annotated[
+        int | None, _sampling("--dry-penalty-last-n", about="Tokens that DRY looks back; -1: all.", default=-1)
+    ] = None
+    xtc_probability: Annotated[float | None, _sampling("--xtc-probability", about="0: off.", default=0.0)] = None
+    xtc_threshold: Annotated[float | None, _sampling("--xtc-threshold", about="XTC's threshold.", default=0.1)] = None
+    mirostat: Annotated[int | None, _sampling("--mirostat", about="0: off, 1 or 2: version.", default=0)] = None
+    mirostat_tau: Annotated[
+        float | None, _sampling("--mirostat-tau", "--mirostat-ent", about="Target entropy.", default=5.0)
+    ] = None
+    mirostat_eta: Annotated[
+        float | None, _sampling("--mirostat-eta", "--mirostat-lr", about="Learning rate.", default=0.1)
+    ] = None
+    seed: Annotated[int | None, _sampling("--seed", "-s", about="Same seed, same text.", default="random")] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by the names of `SamplingConfig`."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerOptions:
+    """How long the answer may be, when it stops, and what it must match: fields of `GenerationConfig`."""
+
+    max_tokens: Annotated[
+        int | None,
+        _answer("--max-tokens", "--predict", "-n", about="Most tokens to generate. Default: fill the context."),
+    ] = None
+    stop: Annotated[list[str] | None, _answer("--stop", about="A string that ends the answer. May be repeated.")] = None
+    json_schema: Annotated[
+        str | None, _answer("--json-schema", about="JSON schema that the answer must satisfy, or @FILE.")
+    ] = None
+    grammar: Annotated[
+        str | None, _answer("--grammar", about="Lark or GBNF grammar that the answer must match, or @FILE.")
+    ] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by the names of `GenerationConfig`; `@FILE` replaced by the file's text."""
+        values: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
+        for name in ("json_schema", "grammar"):
+            values[name] = _text_or_file(name, getattr(self, name))
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def _text_or_file(name: str, value: str | None) -> str | None:
+    if value is None or not value.startswith("@"):
+        return value
+    try:
+        return Path(value[1:]).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--{name.replace('_', '-')} {value}: cannot read it as UTF-8 text ({error})") from error

