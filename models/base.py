@@ -37,9 +37,14 @@ class Stage(Protocol):
         matrices: names of the matrices that `forward` uses, in order of use.
     """
 
-    name: str
-    layer: int
-    matrices: tuple[str, ...]
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def matrices(self) -> tuple[str, ...]: ...
 
     def forward(self, ops: Ops[T], x: T) -> T:
         """Hidden states [num_tokens, hidden_size] in and out; a head stage returns its slice of the logits."""
@@ -82,3 +87,8 @@ class Model:
     vectors: Mapping[str, Vector]
     embedding: TensorInfo
     head_parts: int
+
+    @property
+    def first_output_stage(self) -> int:
+        """Index of the last layer's feed-forward: from here on, only rows whose logits are wanted are computed."""
+        return len(self.stages) - self.head_parts - 1

@@ -1,0 +1,237 @@
+"""Puts a `Model` together from a checkpoint's tensors while an architecture walks through its layers.
+
+Every tensor that a stage names is looked up here, and its shape compared with what the sizes of the model demand. Knows
+GGUF's names and no architecture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from offload.config import HEAD_PART_BYTES
+from offload.elements import INTEGER_OR_DOUBLE
+from offload.errors import CheckpointError, UnsupportedError
+from offload.kernels.ops import Activation, Attention, Rope
+from offload.models.base import Model, ModelConfig, Stage, Vector
+from offload.models.checkpoint.base import Checkpoint, TensorInfo
+from offload.models.hyperparameters import Shape
+from offload.models.layers import AttentionStage, FeedForwardStage, HeadPart, Norm, Projection
+from offload.units import align_down, align_up
+
+_HEAD_ROWS: Final = 64  # head parts are whole groups of rows, so that no kernel's tile straddles two parts
+
+
+class Assembly:
+    """The parts of a model, collected in data-flow order.
+
+    Args:
+        checkpoint: where the tensors are.
+        shape: the sizes that tensors are checked against.
+        rename: GGUF's name of a Hugging Face tensor; not asked for GGUF files.
+        norm_offset: added to every norm weight (1 where a family's files hold the weight less one).
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, shape: Shape, rename: Callable[[str], str], *, norm_offset: float = 0.0
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.shape = shape
+        self._norm_offset = norm_offset
+        self._tensors: dict[str, TensorInfo] = {}
+        self._matrices: dict[str, TensorInfo] = {}
+        self._vectors: dict[str, Vector] = {}
+        self._stages: list[Stage] = []
+        for name, tensor in checkpoint.tensors.items():
+            canonical = name if checkpoint.format == "gguf" else rename(name)
+            if canonical in self._tensors:
+                raise self._error(canonical, f"is stored twice, as {self._tensors[canonical].name} and {name}")
+            self._tensors[canonical] = tensor
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def attention(
+        self,
+        layer: int,
+        *,
+        rope: Rope | None,
+        scale: float,
+        window: int | None = None,
+        softcap: float | None = None,
+        scale_query_first: bool = False,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        post_norm: bool = False,
+        residual_multiplier: float | None = None,
+    ) -> None:
+        """Appends the attention of a layer. `qkv_bias` demands biases; where not demanded they are used if present."""
+        shape, prefix = self.shape, f"blk.{layer}."
+        stage = AttentionStage(
+            name=f"{prefix}attention",
+            layer=layer,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            norm=self.norm(f"{prefix}attn_norm.weight"),
+            qkv=self._qkv(prefix, qkv_bias),
+            output=self._projection(f"{prefix}attn_output", shape.hidden_size, shape.num_heads * shape.head_dim),
+            attention=Attention(layer=layer, scale=1.0 if scale_query_first else scale, window=window, softcap=softcap),
+            rope=rope,
+            query_norm=self.norm(f"{prefix}attn_q_norm.weight", shape.head_dim) if qk_norm else None,
+            key_norm=self.norm(f"{prefix}attn_k_norm.weight", shape.head_dim) if qk_norm else None,
+            query_scale=scale if scale_query_first else None,
+            post_norm=self.norm(f"{prefix}post_attention_norm.weight") if post_norm else None,
+            residual_multiplier=residual_multiplier,
+            is_last=layer == shape.num_layers - 1,
+        )
+        self._stages.append(stage)
+
+    def feed_forward(
+        self,
+        layer: int,
+        *,
+        activation: Activation = "silu",
+        fused: bool = False,
+        post_norm: bool = False,
+        residual_multiplier: float | None = None,
+    ) -> None:
+        """Appends the feed-forward of a layer. `fused`: gate and up are the rows of `ffn_up`, in this order."""
+        prefix, hidden, width = f"blk.{layer}.", self.shape.hidden_size, self.shape.intermediate_size
+        gate_up = (
+            (self._projection(f"{prefix}ffn_up", 2 * width, hidden),)
+            if fused
+            else tuple(self._projection(f"{prefix}{name}", width, hidden) for name in ("ffn_gate", "ffn_up"))
+        )
+        stage = FeedForwardStage(
+            name=f"{prefix}feed_forward",
+            layer=layer,
+            intermediate_size=width,
+            norm=self.norm(f"{prefix}ffn_norm.weight"),
+            gate_up=gate_up,
+            down=self._projection(f"{prefix}ffn_down", hidden, width),
+            activation=activation,
+            post_norm=self.norm(f"{prefix}post_ffw_norm.weight") if post_norm else None,
+            residual_multiplier=residual_multiplier,
+        )
+        self._stages.append(stage)
+
+    def finish(
+        self,
+        *,
+        tied: bool,
+        windows: tuple[int | None, ...],
+        embedding_scale: float = 1.0,
+        logit_scale: float | None = None,
+        softcap: float | None = None,
+    ) -> Model:
+        """Appends the head and closes the model. `tied`: the head's matrix is the token table."""
+        shape = self.shape
+        embedding = self._tensor("token_embd.weight", 2)
+        vocab_size = shape.vocab_size or embedding.shape[0]
+        self._check(embedding, "token_embd.weight", (vocab_size, shape.hidden_size))
+        if "output.bias" in self:
+            raise UnsupportedError(f"{self.checkpoint.path}: output.bias: a head with a bias is not supported")
+        head = embedding if tied else self._tensor("output.weight", 2)
+        self._check(head, "output.weight", (vocab_size, shape.hidden_size))
+        parts = head_parts(head)
+        norm = self.norm("output_norm.weight")
+        for index, (name, part) in enumerate(parts.items()):
+            self._matrices[name] = part
+            self._stages.append(
+                HeadPart(name=f"head.{index}", norm=norm, output=name, logit_scale=logit_scale, softcap=softcap)
+            )
+        config = ModelConfig(
+            architecture=self.checkpoint.architecture,
+            num_layers=shape.num_layers,
+            hidden_size=shape.hidden_size,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_dim,
+            intermediate_size=shape.intermediate_size,
+            vocab_size=vocab_size,
+            context_length=shape.context_length,
+            sliding_windows=windows,
+            embedding_scale=embedding_scale,
+        )
+        return Model(
+            config=config,
+            stages=tuple(self._stages),
+            matrices=self._matrices,
+            vectors=self._vectors,
+            embedding=embedding,
+            head_parts=len(parts),
+        )
+
+    def norm(self, name: str, length: int | None = None) -> Norm:
+        """An RMS norm over `length` features, by default the hidden size."""
+        self.vector(name, self.shape.hidden_size if length is None else length, self._norm_offset)
+        return Norm(name, self.shape.eps)
+
+    def vector(self, name: str, length: int, offset: float = 0.0) -> str:
+        """Registers a stored vector and returns its name."""
+        tensor = self._tensor(name, 1)
+        self._check(tensor, name, (length,))
+        if tensor.element.is_quantized:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {name}: a vector of type {tensor.element} is not supported"
+            )
+        self._vectors[name] = Vector(tensor=tensor, offset=offset)
+        return name
+
+    def constant(self, name: str, values: tuple[float, ...]) -> str:
+        """Registers a computed vector and returns its name."""
+        self._vectors[name] = Vector(values=values)
+        return name
+
+    def _qkv(self, prefix: str, bias: bool) -> tuple[Projection, ...]:
+        hidden, query, key = (
+            self.shape.hidden_size,
+            self.shape.num_heads * self.shape.head_dim,
+            self.shape.num_kv_heads * self.shape.head_dim,
+        )
+        if f"{prefix}attn_qkv.weight" in self:
+            if f"{prefix}attn_q.bias" in self:
+                raise UnsupportedError(f"{self.checkpoint.path}: {prefix}attn_q.bias beside a fused attn_qkv.weight")
+            return (self._projection(f"{prefix}attn_qkv", query + 2 * key, hidden, bias),)
+        rows = {"attn_q": query, "attn_k": key, "attn_v": key}
+        return tuple(self._projection(prefix + name, size, hidden, bias) for name, size in rows.items())
+
+    def _projection(self, name: str, rows: int, columns: int, bias: bool = False) -> Projection:
+        weight, bias_name = f"{name}.weight", f"{name}.bias"
+        tensor = self._tensor(weight, 2)
+        self._check(tensor, weight, (rows, columns))
+        self._matrices[weight] = tensor
+        return Projection(weight, self.vector(bias_name, rows) if bias or bias_name in self else None)
+
+    def _tensor(self, name: str, rank: int) -> TensorInfo:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            raise self._error(name, f"is missing; {self.checkpoint.architecture} needs it")
+        if tensor.element.name in INTEGER_OR_DOUBLE:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {name}: weights of type {tensor.element} are not supported"
+            )
+        if len(tensor.shape) != rank:
+            raise self._error(name, f"has shape {tensor.shape}; expected {rank} dimension{'s' * (rank > 1)}")
+        return tensor
+
+    def _check(self, tensor: TensorInfo, name: str, shape: tuple[int, ...]) -> None:
+        if tensor.shape != shape:
+            raise self._error(name, f"has shape {tensor.shape}; the model's sizes demand {shape}")
+
+    def _error(self, name: str, problem: str) -> CheckpointError:
+        path = str(self.checkpoint.path)
+        return CheckpointError(f"{path}: tensor {name} {problem}", path=path, tensor=name)
+
+
+def head_parts(head: TensorInfo, part_bytes: int = HEAD_PART_BYTES) -> dict[str, TensorInfo]:
+    """The output matrix as nearly equal ranges of rows of at most `part_bytes` each, by name."""
+    num_rows = head.shape[0]
+    most = max(_HEAD_ROWS, align_down(part_bytes // head.row_nbytes, _HEAD_ROWS))
+    num_parts = -(-num_rows // most)
+    if num_parts == 1:
+        return {"output.weight": head}
+    rows = align_up(-(-num_rows // num_parts), _HEAD_ROWS)
+    starts = range(0, num_rows, rows)
+    return {f"output.weight[{i}]": head.rows(start, min(start + rows, num_rows)) for i, start in enumerate(starts)}

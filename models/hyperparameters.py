@@ -1,0 +1,269 @@
+"""Numbers that describe a model, read from GGUF metadata or config.json and checked before anything is sized by them.
+
+A number is asked for under Hugging Face's name; `GGUF_KEYS` has GGUF's. Knows no architecture and no tensor.
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
+from pathlib import Path
+from typing import Final
+
+from offload.errors import CheckpointError, UnsupportedError
+from offload.kernels.ops import Activation
+from offload.models.checkpoint.base import Checkpoint
+
+GGUF_KEYS: Final = {
+    "attention_multiplier": "attention.scale",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "embedding_multiplier": "embedding_scale",
+    "final_logit_softcapping": "final_logit_softcapping",
+    "head_dim": "attention.key_length",
+    "hidden_size": "embedding_length",
+    "intermediate_size": "feed_forward_length",
+    "logits_scaling": "logit_scale",
+    "max_position_embeddings": "context_length",
+    "num_attention_heads": "attention.head_count",
+    "num_hidden_layers": "block_count",
+    "num_key_value_heads": "attention.head_count_kv",
+    "residual_multiplier": "residual_scale",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "sliding_window": "attention.sliding_window",
+}
+_ACTIVATIONS: Final[dict[str, Activation]] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+_LARGEST_COUNT: Final = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """Checked access to the metadata of a checkpoint, or to one section of it.
+
+    Every getter raises CheckpointError, with file, key and value, when the key is missing and no default is given or when
+    the value is not what the getter promises. A null value counts as missing.
+    """
+
+    path: Path
+    values: Mapping[str, object]
+    prefix: str = ""
+
+    @property
+    def is_gguf(self) -> bool:
+        return bool(self.prefix)
+
+    def get(self, key: str) -> object:
+        """The raw value, or None. An array of equal elements, as GGUF may have one per layer, is that element."""
+        value = self.values.get(self.name(key))
+        if key in GGUF_KEYS and isinstance(value, Sequence) and not isinstance(value, str):
+            if len(set(value)) != 1:
+                raise UnsupportedError(f"{self.path}: {self.name(key)} differs between layers, which is not supported")
+            return value[0]
+        return value
+
+    def name(self, key: str) -> str:
+        """The key as the file spells it."""
+        return self.prefix + GGUF_KEYS.get(key, key) if self.is_gguf else key
+
+    def count(self, key: str, default: int | None = None) -> int:
+        """A positive integer."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 < value <= _LARGEST_COUNT:
+            raise self._wrong(key, value, "a positive integer")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A positive finite number."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value <= 0:
+            raise self._wrong(key, value, "a positive number")
+        return float(value)
+
+    def optional_number(self, key: str) -> float | None:
+        """A positive finite number, or None where the key is missing, null or zero."""
+        return self.number(key) if self.get(key) else None
+
+    def optional_count(self, key: str) -> int | None:
+        """A positive integer, or None where the key is missing, null or zero."""
+        return self.count(key) if self.get(key) else None
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self._wrong(key, value, "true or false")
+        return value
+
+    def text(self, key: str, default: str) -> str:
+        """A string."""
+        value = self._value(key, default)
+        if not isinstance(value, str):
+            raise self._wrong(key, value, "a string")
+        return value
+
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of positive finite numbers."""
+        value = self._value(key, None)
+        listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+        numbers = tuple(
+            float(item) for item in listed if isinstance(item, (int, float)) and isfinite(item) and item > 0
+        )
+        if not numbers or len(numbers) != len(listed):
+            raise self._wrong(key, value, "a list of positive numbers")
+        return numbers
+
+    def sequence(self, key: str, length: int) -> tuple[object, ...] | None:
+        """A list of `length` elements, or None where the key is missing."""
+        value = self.values.get(self.name(key))
+        if value is None:
+            return None
+        if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != length:
+            raise self._wrong(key, value, f"a list of {length}")
+        return tuple(value)
+
+    def section(self, key: str) -> Settings | None:
+        """A nested object of config.json, or None where the key is missing."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, Mapping):
+            raise self._wrong(key, value, "an object")
+        return Settings(self.path, value)
+
+    @property
+    def attention_bias(self) -> bool:
+        """Whether a config.json promises biases on query, key and value."""
+        return not self.is_gguf and self.flag("attention_bias", False)
+
+    def tied(self, has_output: bool) -> bool:
+        """Whether the head's matrix is the token table. A GGUF says it by having no other."""
+        return not has_output if self.is_gguf else self.flag("tie_word_embeddings", False)
+
+    def activation(self, expected: Activation) -> Activation:
+        """The feed-forward's activation. GGUF has none on record: it is the family's.
+
+        Raises:
+            UnsupportedError: the config names another one that is not known.
+        """
+        if self.is_gguf:
+            return expected
+        name = self.text("hidden_activation" if self.get("hidden_activation") else "hidden_act", expected)
+        if name not in _ACTIVATIONS:
+            raise UnsupportedError(f"{self.path}: activation {name!r} is not one of {', '.join(_ACTIVATIONS)}")
+        return _ACTIVATIONS[name]
+
+    def _value(self, key: str, default: object) -> object:
+        value = self.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            raise CheckpointError(f"{self.path}: {self.name(key)} is missing from the metadata", path=str(self.path))
+        return value
+
+    def _wrong(self, key: str, value: object, expected: str) -> CheckpointError:
+        shown = repr(value)
+        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
+        return CheckpointError(f"{self.path}: {self.name(key)} is {shown}; expected {expected}", path=str(self.path))
+
+
+def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object]) -> Settings:
+    """The settings of a checkpoint; `defaults` stand in for absent keys of a config.json, never for those of a GGUF.
+
+    Raises:
+        UnsupportedError: the weights are quantized in a scheme of their own, or the model is a mixture of experts.
+    """
+    if checkpoint.format == "gguf":
+        settings = Settings(checkpoint.path, checkpoint.metadata, f"{checkpoint.architecture}.")
+        if settings.get("expert_count"):
+            raise UnsupportedError(f"{checkpoint.path}: {checkpoint.architecture} with experts is not supported")
+        return settings
+    config = Settings(checkpoint.path, checkpoint.metadata)
+    quantization = config.section("quantization_config")
+    if quantization is not None:
+        method = quantization.text("quant_method", "unknown")
+        raise UnsupportedError(
+            f"{checkpoint.path}: weights are quantized by {method!r}; use the original weights or a GGUF of this model"
+        )
+    config = config.section("text_config") or config
+    return Settings(checkpoint.path, ChainMap(dict(config.values), dict(defaults)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """The sizes that all tensors follow from.
+
+    Attributes:
+        intermediate_size: width of the gated feed-forward.
+        vocab_size: rows of the token table; None where the file leaves it to the table (GGUF).
+    """
+
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    context_length: int
+    vocab_size: int | None
+    eps: float
+
+    @classmethod
+    def read(cls, settings: Settings, num_tensors: int) -> Shape:
+        """Reads and checks the sizes. `num_tensors` bounds the number of layers.
+
+        Raises:
+            CheckpointError: a size is missing, not positive, or contradicts another.
+        """
+        num_heads, hidden_size = settings.count("num_attention_heads"), settings.count("hidden_size")
+        shape = cls(
+            num_layers=settings.count("num_hidden_layers"),
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=settings.count("num_key_value_heads", num_heads),
+            head_dim=settings.count("head_dim", max(1, hidden_size // num_heads)),
+            intermediate_size=settings.count("intermediate_size"),
+            context_length=settings.count("max_position_embeddings"),
+            vocab_size=None if settings.is_gguf else settings.count("vocab_size"),
+            eps=settings.number("rms_norm_eps"),
+        )
+        problem = shape._contradiction(num_tensors)
+        if problem:
+            raise CheckpointError(f"{settings.path}: {problem}", path=str(settings.path))
+        return shape
+
+    def _contradiction(self, num_tensors: int) -> str:
+        if self.num_layers > num_tensors:
+            return f"{self.num_layers} layers are declared, but the file has only {num_tensors} tensors"
+        if self.num_heads % self.num_kv_heads:
+            return f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key-value heads evenly"
+        if self.head_dim % 2:
+            return f"heads of {self.head_dim} features cannot be rotated in pairs"
+        return ""
+
+
+def sliding_windows(
+    settings: Settings, num_layers: int, window: int | None, is_sliding: Sequence[bool]
+) -> tuple[int | None, ...]:
+    """The attention window of every layer: by the config's `layer_types` where it has them, else by `is_sliding`."""
+    kinds = settings.sequence("layer_types", num_layers)
+    if kinds is not None:
+        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        if unknown:
+            raise UnsupportedError(f"{settings.path}: layer_types has {sorted(map(str, unknown))}, not supported")
+        is_sliding = [kind == "sliding_attention" for kind in kinds]
+    return tuple(window if sliding else None for sliding in is_sliding)
+
+
+def upper_windows(settings: Settings, num_layers: int) -> tuple[int | None, ...]:
+    """Qwen's windows: off by default, and then only from layer `max_window_layers` up. GGUF has none."""
+    if settings.is_gguf or not settings.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    lowest = settings.count("max_window_layers") if settings.get("max_window_layers") else 0
+    is_sliding = [layer >= lowest for layer in range(num_layers)]
+    return sliding_windows(settings, num_layers, settings.optional_count("sliding_window"), is_sliding)

@@ -1,0 +1,56 @@
+"""Which architectures there are, and the one function that turns a checkpoint into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from offload.errors import UnsupportedError
+from offload.models import llama, qwen2, qwen3
+from offload.models.base import Model
+from offload.models.checkpoint.base import Checkpoint
+from offload.models.hyperparameters import settings_of
+
+
+class Family(NamedTuple):
+    """An architecture: how to build it, and what its config.json may leave out."""
+
+    build: Callable[[Checkpoint, int], Model]
+    defaults: Mapping[str, object]
+
+
+FAMILIES: Final[Mapping[str, Family]] = {
+    "llama": Family(llama.build, llama.DEFAULTS),
+    "qwen2": Family(qwen2.build, qwen2.DEFAULTS),
+    "qwen3": Family(qwen3.build, qwen3.DEFAULTS),
+}
+"""By `general.architecture` of a GGUF and `model_type` of a config.json."""
+
+
+def build_model(checkpoint: Checkpoint, ctx: int) -> Model:
+    """The model of a checkpoint, to be run with a context of `ctx` tokens.
+
+    Raises:
+        UnsupportedError: an architecture, or a feature of one, that is not implemented.
+        CheckpointError: a tensor or a number is missing, or contradicts another.
+    """
+    return _family(checkpoint).build(checkpoint, ctx)
+
+
+def default_context(checkpoint: Checkpoint) -> int:
+    """The context length that the model was trained for, in tokens.
+
+    Raises:
+        UnsupportedError: the architecture is not implemented.
+        CheckpointError: the length is missing or not a positive integer.
+    """
+    return settings_of(checkpoint, _family(checkpoint).defaults).count("max_position_embeddings")
+
+
+def _family(checkpoint: Checkpoint) -> Family:
+    family = FAMILIES.get(checkpoint.architecture)
+    if family is None:
+        raise UnsupportedError(
+            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not one of {', '.join(sorted(FAMILIES))}"
+        )
+    return family

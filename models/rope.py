@@ -1,0 +1,183 @@
+"""Rotary position settings of a checkpoint: plain, linear, llama 3, longrope and YaRN scaling.
+
+All scalings come down to a divisor for every frequency and a factor on the result, which is what `Rope` holds.
+"""
+
+from __future__ import annotations
+
+from math import ceil, floor, log, pi, sqrt
+
+from offload.errors import CheckpointError, UnsupportedError
+from offload.kernels.ops import Rope
+from offload.models.assembly import Assembly
+from offload.models.hyperparameters import Settings
+
+_FACTORS = "rope_freqs.weight"
+
+
+def rope_of(settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False, partial: bool = False) -> Rope:
+    """The rotation of all layers of a model that has only one.
+
+    Args:
+        ctx: context length that the model will be run with; longrope chooses its factors by it.
+        interleaved: the pairing of rotated features in GGUF files; Hugging Face's files always pair halves.
+        partial: the family may rotate only the leading part of each head.
+
+    Raises:
+        UnsupportedError: a scaling that is not implemented.
+        CheckpointError: parameters of the scaling are missing or senseless.
+    """
+    if settings.is_gguf:
+        return gguf_rope(settings, parts, ctx, interleaved=interleaved)
+    return huggingface_rope(settings, rope_section(settings), parts, ctx, partial=partial)
+
+
+def gguf_rope(settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False) -> Rope:
+    """The rotation that a GGUF file describes. See `rope_of`."""
+    dims = _rotated(settings, parts, settings.count("rope.dimension_count", parts.shape.head_dim))
+    theta = settings.number("rope.freq_base", 10_000.0)
+    kind = settings.text("rope.scaling.type", "linear")
+    factor = settings.optional_number("rope.scaling.factor") or settings.optional_number("rope.scale_linear") or 1.0
+    original = settings.count("rope.scaling.original_context_length", parts.shape.context_length)
+    magnitude = settings.number("rope.scaling.attn_factor", 1.0)
+    if kind not in ("none", "linear", "longrope", "yarn"):
+        raise UnsupportedError(f"{settings.path}: rope scaling {kind!r} is not supported")
+    plain = Rope(dims=dims, theta=theta, interleaved=interleaved, magnitude=magnitude)
+    if kind == "yarn":
+        return _yarn(plain, parts, settings, factor, original, settings.number("rope.scaling.attn_factor", 1.0))
+    stored = "rope_factors_long.weight" if ctx > original else "rope_factors_short.weight"
+    stored = _FACTORS if _FACTORS in parts else stored
+    return Rope(
+        dims=dims,
+        theta=theta,
+        interleaved=interleaved,
+        frequency_scale=1.0 if kind == "none" else 1.0 / factor,
+        factors=parts.vector(stored, dims // 2) if stored in parts else None,
+        magnitude=magnitude,
+    )
+
+
+def rope_section(settings: Settings, kind: str | None = None) -> Settings:
+    """Rope parameters of a config.json, `rope_parameters` or the older `rope_scaling`; `kind`: of these layers."""
+    for key in ("rope_parameters", "rope_scaling"):
+        section = settings.section(key)
+        if section is not None:
+            return (section.section(kind) or section) if kind else section
+    return Settings(settings.path, {})
+
+
+def huggingface_rope(
+    settings: Settings,
+    section: Settings,
+    parts: Assembly,
+    ctx: int,
+    *,
+    theta: float | None = None,
+    partial: bool = False,
+    name: str = _FACTORS,
+) -> Rope:
+    """The rotation that a section of a config.json describes. See `rope_of`.
+
+    Args:
+        theta: base where the section has none; by default the config's `rope_theta`, or 10000.
+        name: what the vector of divisors will be called.
+    """
+    theta = section.number("rope_theta", settings.number("rope_theta", 10_000.0) if theta is None else theta)
+    share = section.number("partial_rotary_factor", settings.number("partial_rotary_factor", 1.0))
+    if share != 1.0 and not partial:
+        raise UnsupportedError(f"{settings.path}: partial_rotary_factor is {share}; only 1 is supported here")
+    plain = Rope(dims=_rotated(settings, parts, int(parts.shape.head_dim * share)), theta=theta)
+    kind = section.text("rope_type", section.text("type", "default"))
+    if kind == "default" or (kind == "dynamic" and ctx <= parts.shape.context_length):
+        return plain  # dynamic scaling only changes what lies beyond the trained context
+    if kind == "linear":
+        return Rope(dims=plain.dims, theta=theta, frequency_scale=1.0 / section.number("factor"))
+    original = section.count(
+        "original_max_position_embeddings",
+        settings.count("original_max_position_embeddings", parts.shape.context_length),
+    )
+    if kind == "llama3":
+        return Rope(dims=plain.dims, theta=theta, factors=parts.constant(name, _llama3(plain, section, original)))
+    if kind in ("longrope", "su"):
+        return _longrope(plain, parts, section, ctx, original, name)
+    if kind == "yarn":
+        return _yarn(plain, parts, section, section.number("factor"), original, None, name)
+    raise UnsupportedError(f"{settings.path}: rope scaling {kind!r} is not supported at a context of {ctx}")
+
+
+def _rotated(settings: Settings, parts: Assembly, dims: int) -> int:
+    if dims % 2 or not 0 < dims <= parts.shape.head_dim:
+        raise CheckpointError(
+            f"{settings.path}: {dims} rotated features in heads of {parts.shape.head_dim}; expected an even number of them",
+            path=str(settings.path),
+        )
+    return dims
+
+
+def _llama3(plain: Rope, section: Settings, original: int) -> tuple[float, ...]:
+    """Divisors by wavelength: long waves are stretched, short ones kept, those between blended (Llama 3.1)."""
+    factor = section.number("factor", 8.0)
+    low, high = section.number("low_freq_factor", 1.0), section.number("high_freq_factor", 4.0)
+    if low >= high:
+        raise CheckpointError(
+            f"{section.path}: low_freq_factor {low} must be below high_freq_factor {high}", path=str(section.path)
+        )
+    divisors = []
+    for index in range(plain.dims // 2):
+        wavelength = 2 * pi * plain.theta ** (2 * index / plain.dims)
+        blend = min(1.0, max(0.0, (original / wavelength - low) / (high - low)))
+        divisors.append(1.0 / ((1.0 - blend) / factor + blend))
+    return tuple(divisors)
+
+
+def _longrope(plain: Rope, parts: Assembly, section: Settings, ctx: int, original: int, name: str) -> Rope:
+    """Searched divisors, one set for short and one for long contexts (LongRoPE, arXiv 2402.13753)."""
+    divisors = section.numbers("long_factor" if ctx > original else "short_factor")
+    if len(divisors) != plain.dims // 2:
+        raise CheckpointError(
+            f"{section.path}: longrope has {len(divisors)} factors; {plain.dims // 2} are needed",
+            path=str(section.path),
+        )
+    stretch = section.number("factor", parts.shape.context_length / original)
+    magnitude = sqrt(1 + log(stretch) / log(original)) if stretch > 1 and original > 1 else 1.0
+    return Rope(
+        dims=plain.dims,
+        theta=plain.theta,
+        factors=parts.constant(name, divisors),
+        magnitude=section.number("attention_factor", magnitude),
+    )
+
+
+def _yarn(
+    plain: Rope,
+    parts: Assembly,
+    section: Settings,
+    factor: float,
+    original: int,
+    magnitude: float | None,
+    name: str = _FACTORS,
+) -> Rope:
+    """Fast rotations kept, slow ones stretched, a ramp between (YaRN, arXiv 2309.00071)."""
+    prefix = "rope.scaling.yarn_" if section.is_gguf else ""
+    if section.get("mscale") or section.get("mscale_all_dim") or section.get(f"{prefix}log_multiplier"):
+        raise UnsupportedError(f"{section.path}: yarn scaling with mscale is not supported")
+    fast, slow = section.number(f"{prefix}beta_fast", 32.0), section.number(f"{prefix}beta_slow", 1.0)
+
+    def turning_index(rotations: float) -> float:
+        return plain.dims * log(original / (rotations * 2 * pi)) / (2 * log(plain.theta))
+
+    low, high = max(0, floor(turning_index(fast))), min(plain.dims - 1, ceil(turning_index(slow)))
+    divisors = []
+    for index in range(plain.dims // 2):
+        stretched = min(1.0, max(0.0, (index - low) / max(0.001, high - low)))
+        divisors.append(1.0 / (stretched / factor + 1.0 - stretched))
+    grown = 0.1 * log(factor) + 1.0 if factor > 1 else 1.0
+    if magnitude is None:
+        grown = section.number("attention_factor", grown)
+    return Rope(
+        dims=plain.dims,
+        theta=plain.theta,
+        interleaved=plain.interleaved,
+        factors=parts.constant(name, tuple(divisors)),
+        magnitude=grown * (magnitude or 1.0),
+    )

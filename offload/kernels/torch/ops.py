@@ -1,0 +1,119 @@
+"""The operations on torch tensors, executed as they are called, in float32, on whatever device the tensors are.
+
+Knows no quantization (weights arrive as float32) and no graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Final
+
+import torch
+from torch.nn import functional
+
+from offload.kernels.ops import Activation, Attention, Ops, Rope
+from offload.kernels.torch.cache import TorchCache
+
+Weights = Callable[[str], torch.Tensor]
+
+_ACTIVATIONS: Final[dict[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+
+
+class TorchOps(Ops[torch.Tensor]):
+    """One batch on one device.
+
+    Args:
+        weights: gives a matrix [out_features, in_features] or a vector by name, float32.
+        cache: holds the positions before those of the batch; the batch's own are added to it.
+        positions: int64 [num_tokens]; all from 0 to the largest must be in the cache or in the batch.
+        output_rows: int64, rows of the batch whose logits are asked for.
+    """
+
+    def __init__(self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor) -> None:
+        self._weights = weights
+        self._cache = cache
+        self._positions = positions
+        self._output_rows = output_rows
+        self._length = int(positions.max()) + 1
+        self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._masks: dict[int | None, torch.Tensor] = {}
+
+    def linear(self, x: torch.Tensor, weight: str, bias: str | None = None) -> torch.Tensor:
+        return functional.linear(x, self._weights(weight), None if bias is None else self._weights(bias))
+
+    def rms_norm(self, x: torch.Tensor, weight: str | None, eps: float) -> torch.Tensor:
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+        return normed if weight is None else normed * self._weights(weight)
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return a + b
+
+    def scale(self, x: torch.Tensor, factor: float) -> torch.Tensor:
+        return x * factor
+
+    def softcap(self, x: torch.Tensor, cap: float) -> torch.Tensor:
+        return cap * torch.tanh(x / cap)
+
+    def split(self, x: torch.Tensor, sizes: Sequence[int]) -> tuple[torch.Tensor, ...]:
+        ends = list(accumulate(sizes))
+        return tuple(x[..., end - size : end] for size, end in zip(sizes, ends, strict=True))
+
+    def heads(self, x: torch.Tensor, num_heads: int) -> torch.Tensor:
+        return x.reshape(*x.shape[:-1], num_heads, -1)
+
+    def rope(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        cos, sin = self._rotation(rope)
+        rotated, rest = x[..., : rope.dims], x[..., rope.dims :]
+        if rope.interleaved:
+            first, second = rotated[..., 0::2], rotated[..., 1::2]
+        else:
+            first, second = rotated.chunk(2, dim=-1)
+        pair = (first * cos - second * sin, first * sin + second * cos)
+        turned = torch.stack(pair, dim=-1).flatten(-2) if rope.interleaved else torch.cat(pair, dim=-1)
+        return torch.cat((turned, rest), dim=-1)
+
+    def attention(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
+    ) -> torch.Tensor:
+        self._cache.store(attention.layer, self._positions, key, value)
+        keys, values = self._cache.load(attention.layer, self._length)
+        group = query.shape[1] // keys.shape[1]
+        q = query.transpose(0, 1)
+        k, v = (past.transpose(0, 1).repeat_interleave(group, dim=0) for past in (keys, values))
+        mask = self._mask(attention.window)
+        if attention.softcap is None:
+            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
+        else:
+            scores = self.softcap(q @ k.transpose(1, 2) * attention.scale, attention.softcap)
+            mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return mixed.transpose(0, 1).flatten(1)
+
+    def glu(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return _ACTIVATIONS[activation](gate) * up
+
+    def output_rows(self, x: torch.Tensor) -> torch.Tensor:
+        return x.index_select(0, self._output_rows)
+
+    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosine and sine of every position and frequency, [num_tokens, 1, dims / 2]; the same for all layers."""
+        if rope not in self._rotations:
+            exponents = torch.arange(0, rope.dims, 2, dtype=torch.float32, device=self._positions.device) / rope.dims
+            frequencies = rope.frequency_scale / rope.theta**exponents
+            if rope.factors is not None:
+                frequencies = frequencies / self._weights(rope.factors)
+            angles = self._positions[:, None, None].float() * frequencies
+            self._rotations[rope] = angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
+        return self._rotations[rope]
+
+    def _mask(self, window: int | None) -> torch.Tensor:
+        """True where a query [num_tokens] sees a key [length]; the same for all layers of one window."""
+        if window not in self._masks:
+            distance = self._positions[:, None] - torch.arange(self._length, device=self._positions.device)
+            seen = distance >= 0
+            self._masks[window] = seen if window is None else seen & (distance < window)
+        return self._masks[window]
