@@ -53,7 +53,7 @@ def _answer(*names: str, about: str) -> Any:
 ModelArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[MODEL]",
+        metavar="MODEL",
         help="A .gguf file or a Hugging Face folder. Left out: the demo model.",
         envvar="OFFLOAD_MODEL",
         show_default=False,

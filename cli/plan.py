@@ -1,0 +1,129 @@
+"""`offload plan`: where everything would lie, what moves per token, and what more memory would buy. Loads no weights."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+import typer
+from rich.console import Console
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from offload.cli.grouping import grouped
+from offload.cli.loading import make_plan
+from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument
+from offload.units import GIB, format_duration, format_rate, format_size
+
+if TYPE_CHECKING:
+    from offload.plan import Plan
+
+_BAR_WIDTH: Final = 30
+_PARTS: Final = (
+    ("pinned weights", "pinned_bytes"),
+    ("token table", "embedding_bytes"),
+    ("ring for streaming", "ring_bytes"),
+    ("KV cache", "kv_bytes"),
+    ("workspace", "workspace_bytes"),
+    ("program", "base_bytes"),
+    ("margin", "margin_bytes"),
+)
+
+
+@grouped
+def plan(
+    load: LoadOptions, model: ModelArgument = None, as_json: JsonOption = False, debug: DebugOption = False
+) -> None:
+    """Show what would lie where in memory, and how fast it would run."""
+    del debug
+    found = make_plan(model, load)
+    if as_json:
+        typer.echo(json.dumps(plan_json(found)))
+    else:
+        show(found, Console(highlight=False))
+
+
+def plan_json(plan: Plan) -> dict[str, Any]:
+    """The plan as a JSON object; sizes in bytes, times in seconds per token."""
+    names = ("budget_bytes", "minimum_bytes", "model_bytes", "streamed_bytes", *(field for _, field in _PARTS))
+    more = one_more(plan)
+    return {
+        **{name: getattr(plan, name) for name in names},
+        "edges": dict(plan.edges),
+        "compute_s": plan.compute_s,
+        "stream_s": plan.stream_s,
+        "predicted_tps": plan.predicted_tps,
+        "bound": plan.bound,
+        "ctx": plan.ctx,
+        "prefill_tokens_per_pass": plan.prefill_tokens_per_pass,
+        "one_more_gib": None
+        if more is None
+        else {"predicted_tps": more.predicted_tps, "streamed_bytes": more.streamed_bytes},
+        "placements": [{"block": str(p.key), "tier": p.tier, "bytes": p.nbytes} for p in plan.placements],
+    }
+
+
+def one_more(plan: Plan) -> Plan | None:
+    """The plan with one more GiB, or None where nothing is streamed and memory buys nothing."""
+    return plan.with_budget(plan.budget_bytes + GIB) if plan.streamed_bytes else None
+
+
+def show(plan: Plan, console: Console) -> None:
+    """Draw the plan."""
+    console.print(f"Memory: {format_size(plan.budget_bytes)}, at least {format_size(plan.minimum_bytes)} is needed")
+    console.print(_memory_table(plan))
+    console.print(f"\nWeights: {format_size(plan.model_bytes)}")
+    console.print(_placement_table(plan))
+    console.print()
+    for line in verdict(plan):
+        console.print(Text(line))
+
+
+def verdict(plan: Plan) -> Iterator[str]:
+    """What moves, how fast that is, what bounds it, and what would help."""
+    moved = (
+        f"{format_size(plan.streamed_bytes)} per token"
+        if plan.streamed_bytes
+        else "nothing: all weights stay in memory"
+    )
+    for edge, bandwidth_bps in plan.edges.items():
+        yield f"{edge}: {moved}" + (f" at {format_rate(bandwidth_bps)}" if plan.streamed_bytes else "")
+    times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
+    yield f"About {plan.predicted_tps:.3g} tokens/s, bound by {plan.bound} ({times})"
+    if plan.predicted_tps < 1:
+        yield f"That is slow, a token every {format_duration(1 / plan.predicted_tps)}, and works"
+    yield f"Context {plan.ctx} tokens; a prompt is read in passes of {plan.prefill_tokens_per_pass} tokens"
+    more = one_more(plan)
+    if more is not None:
+        gain = more.predicted_tps / plan.predicted_tps
+        yield f"One more GiB would give about {more.predicted_tps:.3g} tokens/s ({gain:.2f}x)"
+
+
+def _memory_table(plan: Plan) -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    parts = [(label, getattr(plan, field)) for label, field in _PARTS]
+    free = plan.budget_bytes - sum(nbytes for _, nbytes in parts)
+    for label, nbytes in [*parts, ("left over", max(0, free))]:
+        table.add_row(label, _bar(nbytes, plan.budget_bytes), format_size(nbytes))
+    return table
+
+
+def _placement_table(plan: Plan) -> Table:
+    table = Table("tier", "", "blocks", "size", box=None, padding=(0, 2, 0, 0))
+    nbytes: Counter[str] = Counter()
+    blocks: Counter[str] = Counter()
+    for placement in plan.placements:
+        nbytes[placement.tier] += placement.nbytes
+        blocks[placement.tier] += 1
+    names = {"vram": "device", "ram": "memory, pinned", "nvme": "disk, streamed"}
+    for tier, label in names.items():
+        if blocks[tier]:
+            table.add_row(label, _bar(nbytes[tier], plan.model_bytes), str(blocks[tier]), format_size(nbytes[tier]))
+    return table
+
+
+def _bar(part: int, whole: int) -> ProgressBar:
+    return ProgressBar(total=max(whole, 1), completed=part, width=_BAR_WIDTH)

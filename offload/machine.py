@@ -1,0 +1,121 @@
+"""What `offload doctor` measured on this machine, kept as JSON in the user's cache folder for the planner to read.
+
+A profile of another machine (a home folder on a network, a copied disk image) is ignored: it carries a fingerprint of the
+host. A broken or unreadable file counts as no profile, for the planner has defaults and the next `doctor` writes it anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from platformdirs import user_cache_path
+
+from offload.errors import StorageError
+
+_FORMAT: Final = 1
+_MEMORY_INFO: Final = Path("/proc/meminfo")
+_CPU_INFO: Final = Path("/proc/cpuinfo")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineProfile:
+    """Measured speeds in bytes/s.
+
+    Attributes:
+        host: fingerprint of the machine, see `host_fingerprint`.
+        disk_bps: direct reads in the engine's own size and depth.
+        ram_bps: all cores reading host memory.
+        kernel_bps: weights that matrix kernels of the CPU take in at batch 1, by element type; empty when not measured.
+        measured_at: ISO 8601, UTC.
+    """
+
+    host: str
+    disk_bps: float
+    ram_bps: float
+    kernel_bps: Mapping[str, float]
+    measured_at: str
+
+
+def host_fingerprint() -> str:
+    """Hex digest of the host's name, its processor, its cores and its memory: what the measured speeds depend on."""
+    facts = (platform.node(), platform.machine(), cpu_name(), str(os.cpu_count()), _memory_total())
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def cpu_name() -> str:
+    """The processor as its maker names it, else the architecture."""
+    try:
+        lines = _CPU_INFO.read_text(errors="replace").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
+
+
+def load_machine(path: Path | None = None) -> MachineProfile | None:
+    """The profile of this very machine, or None when there is none that can be used."""
+    try:
+        record = json.loads((path or profile_path()).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    profile = _parse(record)
+    return profile if profile is not None and profile.host == host_fingerprint() else None
+
+
+def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
+    """Write `profile` in one step (temporary file, rename) and return its path.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    path = path or profile_path()
+    record = {"format": _FORMAT, **asdict(profile), "kernel_bps": dict(profile.kernel_bps)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".machine-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(record, file, indent=1)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}", path=str(path), errno=error.errno) from error
+    return path
+
+
+def profile_path() -> Path:
+    """`machine.json` in the user's cache folder."""
+    return user_cache_path("offload") / "machine.json"
+
+
+def _memory_total() -> str:
+    try:
+        return next((line for line in _MEMORY_INFO.read_text().splitlines() if line.startswith("MemTotal")), "")
+    except OSError:
+        return ""
+
+
+def _parse(record: Any) -> MachineProfile | None:
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        return None
+    numbers = [record.get("disk_bps"), record.get("ram_bps"), *_values(record.get("kernel_bps"))]
+    if not all(isinstance(number, int | float) and 0 < number < 1e15 for number in numbers):
+        return None
+    texts = [record.get("host"), record.get("measured_at")]
+    if not all(isinstance(text, str) for text in texts):
+        return None
+    return MachineProfile(**{name: record[name] for name in MachineProfile.__slots__})
+
+
+def _values(kernels: Any) -> list[Any]:
+    return list(kernels.values()) if isinstance(kernels, dict) else [None]

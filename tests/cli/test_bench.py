@@ -1,0 +1,49 @@
+import json
+
+import pytest
+from support.fake_engine import IO
+
+from offload.cli.bench import summarize
+
+
+@pytest.fixture(autouse=True)
+def _disk(monkeypatch):
+    monkeypatch.setattr("offload.cli.bench.measure_disk", lambda path, seconds: 2 * IO["nvme->ram"].bandwidth_bps)
+
+
+def test_rows_have_speed_and_the_share_of_the_limit(invoke, engine_module, model):
+    result = invoke("bench", model, "--json", "-p", 64, "-n", 4, "-r", 2)
+    found = json.loads(result.stdout)
+    prefill, decode = found["rows"]
+    assert (prefill["test"], prefill["tokens_per_second"], prefill["runs"]) == ("pp64", 35.0, [35.0, 35.0])
+    assert (decode["test"], decode["tokens_per_second"]) == ("tg4", 5.4)
+    assert decode["disk_share"] == pytest.approx(0.5) and decode["resident"] == 0.25
+    assert found["disk_limit_bps"] == 2 * IO["nvme->ram"].bandwidth_bps
+
+
+def test_no_run_repeats_the_prompt_of_another(invoke, engine_module, model):
+    invoke("bench", model, "-p", 8, "-n", 2, "-r", 2, "--json")
+    engine = engine_module.engine
+    prefill, decode = engine.prompts[:3], engine.prompts[3:]
+    assert [len(prompt) for prompt in prefill + decode] == [8, 8, 8, 16, 16, 16]
+    assert len({tuple(prompt) for prompt in prefill}) == len({tuple(prompt) for prompt in decode}) == 3
+    assert all(options["ignore_eos"] and options["temperature"] == 0 for options in engine.options)
+
+
+def test_markdown_and_terminal_tables_hold_the_same(invoke, engine_module, model):
+    markdown = invoke("bench", model, "--markdown", "-r", 1, "-p", 0).stdout.splitlines()
+    assert markdown[0].startswith("| model |") and markdown[1].startswith("| --- |")
+    assert "| tg32 | 5.40 | 1.61 GB/s | 50% | 25% |" in markdown[2]
+    table = invoke("bench", model, "-r", 1, "-p", 0).stdout
+    assert "tg32" in table and "50%" in table and "pp512" not in table
+
+
+def test_nothing_to_measure_is_bad_usage(invoke, engine_module, model):
+    assert invoke("bench", model, "-p", 0, "-n", 0).exit_code == 2
+
+
+def test_a_resident_model_has_no_disk_share(fake):
+    completion = fake.generate("x")
+    resident = type(completion)(**{name: getattr(completion, name) for name in completion.__slots__} | {"io": {}})
+    row = summarize("tg1", [resident], lambda c: c.timings.decode_tps, 1e9, 1024**3)
+    assert row.disk_bps is None and row.disk_share is None and row.resident == 1.0

@@ -1,0 +1,73 @@
+import json
+from io import StringIO
+
+import pytest
+from rich.console import Console
+from support.fake_engine import GIB
+
+from offload.blocks import BlockKey, BlockSpec
+from offload.cli.plan import one_more, plan_json, show
+from offload.errors import BudgetError
+from offload.plan import Demand, make_plan
+
+
+@pytest.fixture
+def demand():
+    blocks = tuple(BlockSpec(key=BlockKey("weight", i, f"blk.{i}.ffn_up.weight"), nbytes=GIB) for i in range(4))
+    fixed = {"base": GIB // 8, "margin": GIB // 16, "vectors": 4096, "kv": GIB // 8, "workspace": GIB // 16}
+    return Demand(
+        blocks=blocks,
+        stages=((0,), (1,), (2,), (3,)),
+        embedding=None,
+        fixed=fixed,
+        compute_s=0.2,
+        disk_bps=1.5e9,
+        ctx=4096,
+        prefill_tokens_per_pass=512,
+    )
+
+
+def drawn(plan):
+    out = StringIO()
+    show(plan, Console(file=out, width=100, highlight=False))
+    return out.getvalue()
+
+
+def test_a_streamed_plan_is_drawn_with_its_price_and_what_a_gib_would_buy(demand):
+    plan = make_plan(demand, int(3.5 * GIB))
+    text = drawn(plan)
+    assert "disk, streamed" in text and "memory, pinned" in text
+    assert "bound by disk" in text and "That is slow" in text
+    more = plan.with_budget(plan.budget_bytes + GIB)
+    assert f"One more GiB would give about {more.predicted_tps:.3g} tokens/s" in text
+
+
+def test_a_resident_plan_streams_nothing_and_sells_nothing(demand):
+    plan = make_plan(demand, 8 * GIB)
+    text = drawn(plan)
+    assert one_more(plan) is None and "One more GiB" not in text and "disk, streamed" not in text
+    assert "nothing: all weights stay in memory" in text and "5 tokens/s, bound by compute" in text
+
+
+def test_json_adds_up(demand):
+    plan = make_plan(demand, int(3.5 * GIB))
+    found = json.loads(json.dumps(plan_json(plan)))
+    tiers = {placement["tier"] for placement in found["placements"]}
+    assert tiers == {"ram", "nvme"} and sum(p["bytes"] for p in found["placements"]) == plan.model_bytes
+    assert found["one_more_gib"]["streamed_bytes"] < found["streamed_bytes"] == plan.streamed_bytes
+    assert found["predicted_tps"] == plan.predicted_tps and found["bound"] == "disk"
+
+
+def test_the_command_plans_without_loading(invoke, engine_module, model):
+    result = invoke("plan", model, "--ram", "3GiB")
+    assert result.exit_code == 0 and "bound by disk" in result.stdout
+    assert engine_module.loads == [
+        {"path": model, "ram": "3GiB", "vram": None, "ctx": None, "device": "auto", "threads": None, "kv_type": "f16"}
+    ]
+    assert json.loads(invoke("plan", model, "--json").stdout)["one_more_gib"]["predicted_tps"] == 2.0
+
+
+def test_a_budget_below_the_minimum_is_bad_usage(invoke, engine_module, model):
+    engine_module.failure = BudgetError("--ram 1 MiB: needs at least 1.50 GiB", budget_bytes=1, minimum_bytes=2)
+    result = invoke("plan", model, "--ram", "1M")
+    assert result.exit_code == 2 and "at least 1.50 GiB" in result.stderr
