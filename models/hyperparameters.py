@@ -59,10 +59,10 @@ class Settings:
         return bool(self.prefix)
 
     def get(self, key: str) -> object:
-        """The raw value, or None. An array of equal elements, as GGUF may have one per layer, is that element."""
+        """The raw value, or None. Of an array of equal elements, as GGUF may have one per layer, that element."""
         value = self.values.get(self.name(key))
-        if key in GGUF_KEYS and isinstance(value, Sequence) and not isinstance(value, str):
-            if len(set(value)) != 1:
+        if self.is_gguf and key in GGUF_KEYS and isinstance(value, Sequence) and not isinstance(value, str):
+            if not value or any(item != value[0] for item in value):
                 raise UnsupportedError(f"{self.path}: {self.name(key)} differs between layers, which is not supported")
             return value[0]
         return value
@@ -258,6 +258,16 @@ def sliding_windows(
             raise UnsupportedError(f"{settings.path}: layer_types has {sorted(map(str, unknown))}, not supported")
         is_sliding = [kind == "sliding_attention" for kind in kinds]
     return tuple(window if sliding else None for sliding in is_sliding)
+
+
+def pattern(settings: Settings, num_layers: int, period: int) -> list[bool]:
+    """Which layers are windowed when each `period`-th is not. The file may give the period, or a flag for every layer."""
+    key = "attention.sliding_window_pattern" if settings.is_gguf else "sliding_window_pattern"
+    value = settings.values.get(settings.name(key))
+    if isinstance(value, Sequence):
+        return [bool(flag) for flag in settings.sequence(key, num_layers) or ()]
+    period = settings.count(key, period)
+    return [(layer + 1) % period != 0 for layer in range(num_layers)]
 
 
 def upper_windows(settings: Settings, num_layers: int) -> tuple[int | None, ...]:

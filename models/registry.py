@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from offload.errors import UnsupportedError
-from offload.models import llama, qwen2, qwen3
+from offload.models import gemma2, gemma3, granite, llama, mistral, phi3, qwen2, qwen3, smollm3
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.hyperparameters import settings_of
@@ -20,9 +20,16 @@ class Family(NamedTuple):
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
+    "gemma2": Family(gemma2.build, gemma2.DEFAULTS),
+    "gemma3": Family(gemma3.build, gemma3.DEFAULTS),
+    "gemma3_text": Family(gemma3.build, gemma3.DEFAULTS),
+    "granite": Family(granite.build, granite.DEFAULTS),
     "llama": Family(llama.build, llama.DEFAULTS),
+    "mistral": Family(mistral.build, mistral.DEFAULTS),
+    "phi3": Family(phi3.build, phi3.DEFAULTS),
     "qwen2": Family(qwen2.build, qwen2.DEFAULTS),
     "qwen3": Family(qwen3.build, qwen3.DEFAULTS),
+    "smollm3": Family(smollm3.build, smollm3.DEFAULTS),
 }
 """By `general.architecture` of a GGUF and `model_type` of a config.json."""
 

@@ -57,12 +57,20 @@ def gguf_rope(settings: Settings, parts: Assembly, ctx: int, *, interleaved: boo
     )
 
 
-def rope_section(settings: Settings, kind: str | None = None) -> Settings:
-    """Rope parameters of a config.json, `rope_parameters` or the older `rope_scaling`; `kind`: of these layers."""
+def rope_section(settings: Settings, kind: str | None = None, *, only: bool = False) -> Settings:
+    """Rope parameters of a config.json: `rope_parameters`, or the older `rope_scaling`.
+
+    Args:
+        kind: layers that may have a section of their own, such as "full_attention".
+        only: parameters that are not in a section of their own do not apply to these layers.
+    """
     for key in ("rope_parameters", "rope_scaling"):
         section = settings.section(key)
-        if section is not None:
-            return (section.section(kind) or section) if kind else section
+        if section is None:
+            continue
+        own = None if kind is None else section.section(kind)
+        if own is not None or not only:
+            return own or section
     return Settings(settings.path, {})
 
 
@@ -92,10 +100,8 @@ def huggingface_rope(
         return plain  # dynamic scaling only changes what lies beyond the trained context
     if kind == "linear":
         return Rope(dims=plain.dims, theta=theta, frequency_scale=1.0 / section.number("factor"))
-    original = section.count(
-        "original_max_position_embeddings",
-        settings.count("original_max_position_embeddings", parts.shape.context_length),
-    )
+    stated = section.count("original_max_position_embeddings", parts.shape.context_length)
+    original = settings.count("original_max_position_embeddings", stated)  # Phi 3 keeps it outside, and that one counts
     if kind == "llama3":
         return Rope(dims=plain.dims, theta=theta, factors=parts.constant(name, _llama3(plain, section, original)))
     if kind in ("longrope", "su"):

@@ -1,7 +1,7 @@
 """Random checkpoints of every family, small enough to run in milliseconds.
 
-`tiny_checkpoint` writes a Hugging Face folder with transformers, float32. Sliding windows are shorter than the prompts of the
-tests, so that a forgotten window shows.
+`tiny_checkpoint` writes a Hugging Face folder with transformers, float32. Sliding windows are shorter than the prompts of
+the tests, so that a forgotten window shows.
 """
 
 from __future__ import annotations

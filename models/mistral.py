@@ -1,0 +1,46 @@
+"""Mistral 7B and its successors of the same shape (arXiv 2310.06825). In GGUF these files are called `llama`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from offload.models.arithmetic import inverse_sqrt
+from offload.models.assembly import Assembly
+from offload.models.base import Model
+from offload.models.checkpoint.base import Checkpoint
+from offload.models.hyperparameters import Shape, settings_of, sliding_windows
+from offload.models.naming import rename
+from offload.models.rope import rope_of
+
+DEFAULTS: Final[dict[str, object]] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "sliding_window": 4096,
+}
+
+
+def build(checkpoint: Checkpoint, ctx: int) -> Model:
+    """The model that a checkpoint holds, to be run with a context of `ctx` tokens."""
+    settings = settings_of(checkpoint, DEFAULTS)
+    shape = Shape.read(settings, len(checkpoint.tensors))
+    parts = Assembly(checkpoint, shape, canonical_name)
+    rope = rope_of(settings, parts, ctx, interleaved=True)
+    window = settings.optional_count("sliding_window")
+    windows = sliding_windows(settings, shape.num_layers, window, [True] * shape.num_layers)
+    for layer in range(shape.num_layers):
+        parts.attention(layer, rope=rope, scale=inverse_sqrt(shape.head_dim), window=windows[layer])
+        parts.feed_forward(layer, activation=settings.activation("silu"))
+    return parts.finish(tied=settings.tied("output.weight" in parts), windows=windows)
+
+
+def canonical_name(name: str) -> str:
+    """GGUF's name of a Hugging Face tensor."""
+    return rename(name)
