@@ -1,0 +1,126 @@
+"""What a model needs of memory and time, counted from its description. Pure arithmetic over sizes and measured rates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from offload.blocks import BlockKey, BlockSpec
+from offload.config import MICRO_BATCH_TOKENS
+from offload.models.base import Model
+from offload.models.checkpoint.base import TensorInfo
+from offload.plan import Demand
+from offload.units import MIB, align_up
+
+DEFAULT_KERNEL_BPS: Final = 12e9
+MARGIN_BYTES: Final = 48 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
+MAX_MICRO_BATCHES: Final = 4
+LOGITS_BYTES: Final = 8 * MIB
+LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """Speeds of the machine: the disk, and kernels by element type at batch 1, in bytes/s."""
+
+    disk_bps: float
+    kernel_bps: Mapping[str, float]
+
+
+def model_blocks(model: Model) -> tuple[BlockSpec, ...]:
+    """Every matrix as a block, in order of first use."""
+    return tuple(
+        BlockSpec(key=BlockKey("weight", stage.layer, name), nbytes=info.nbytes, extent=info.extent)
+        for stage in model.stages
+        for name in stage.matrices
+        for info in (model.matrices[name],)
+    )
+
+
+def is_tied(model: Model) -> bool:
+    """Whether the token table is the same bytes as the output matrix."""
+    heads = [model.matrices[name] for stage in model.stages[-model.head_parts :] for name in stage.matrices]
+    table = model.embedding.extent
+    return any(head.extent.path == table.path and head.extent.offset == table.offset for head in heads)
+
+
+def micro_batches_per_pass(micro_batch_bytes: int, budget_bytes: int | None) -> int:
+    """Micro-batches that share one reading of the weights: more where 2% of the budget holds them, at least one."""
+    if budget_bytes is None:
+        return 1
+    return max(1, min(MAX_MICRO_BATCHES, budget_bytes // 50 // micro_batch_bytes))
+
+
+def micro_batch_nbytes(model: Model, ctx: int) -> int:
+    """Memory that each micro-batch of a pass holds: two hidden states, embedded tokens, masks."""
+    tokens = min(MICRO_BATCH_TOKENS, ctx)
+    windows = len(set(model.config.sliding_windows))
+    return tokens * (4 * 4 * model.config.hidden_size + 8 * windows * align_up(ctx, 256))
+
+
+def logits_rows(model: Model) -> int:
+    """Rows of logits computed at once when all are wanted; never a function of the budget, see MICRO_BATCH_TOKENS."""
+    return max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+
+
+def make_demand(
+    model: Model, *, ctx: int, kv_bytes: int, workspace_bytes: int, base_bytes: int, rates: Rates,
+    budget_bytes: int | None,
+) -> Demand:  # fmt: skip
+    """The demand of `model` at context `ctx`.
+
+    Args:
+        workspace_bytes: what the backend's graphs need.
+        base_bytes: what the process uses before anything of the model is loaded.
+        budget_bytes: None for the least that works.
+    """
+    blocks = model_blocks(model)
+    index = {block.key: number for number, block in enumerate(blocks)}
+    stages = tuple(
+        tuple(index[BlockKey("weight", stage.layer, name)] for name in stage.matrices) for stage in model.stages
+    )
+    per_batch = micro_batch_nbytes(model, ctx)
+    per_pass = micro_batches_per_pass(per_batch, budget_bytes)
+    rows = min(MICRO_BATCH_TOKENS, ctx)
+    fixed = {
+        "base": base_bytes,
+        "margin": MARGIN_BYTES + (budget_bytes or 0) // 100,
+        "vectors": sum(_vector_nbytes(model, name) for name in model.vectors),
+        "kv": align_up(kv_bytes),
+        "workspace": workspace_bytes + per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model),
+    }
+    table = model.embedding
+    return Demand(
+        blocks=blocks,
+        stages=stages,
+        embedding=None if is_tied(model) else BlockSpec(
+            key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
+        fixed=fixed,
+        compute_s=compute_seconds(model, rates),
+        disk_bps=rates.disk_bps,
+        ctx=ctx,
+        prefill_tokens_per_pass=per_pass * rows,
+    )  # fmt: skip
+
+
+def compute_seconds(model: Model, rates: Rates) -> float:
+    """Kernel time of one token: every matrix once, at the rate of its type."""
+    default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
+    matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in model.matrices.values())
+    return matrices + model.config.num_layers * LAYER_OVERHEAD_S
+
+
+def _vector_nbytes(model: Model, name: str) -> int:
+    vector = model.vectors[name]
+    return 4 * (len(vector.values) if vector.tensor is None else vector.tensor.num_elements)
+
+
+def _table_scratch(table: TensorInfo, rows: int) -> int:
+    return rows * (align_up(table.row_nbytes) + 4096)
+
+
+def _logits(model: Model) -> int:
+    """The backend's logits, the copies handed out, and the sampler's candidates."""
+    vocab = model.config.vocab_size
+    return 4 * vocab * (logits_rows(model) + 6)

@@ -1,0 +1,339 @@
+"""The public engine: load a model under a budget, generate, stream, ask for logits, close."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from time import perf_counter
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from offload.config import GenerationConfig, LoadConfig, SamplingConfig
+from offload.errors import ClosedError, OffloadError, StorageError, UsageError
+from offload.generate import Answer, Decoder, OnPrefill, generate
+from offload.kernels.batch import Floats
+from offload.loader import Progress, Runner, load_runner, plan_only
+from offload.models.text.base import Tokenizer
+from offload.models.text.template import render
+from offload.plan import Plan
+from offload.results import Chunk, Completion, EdgeUse, Statistics, TierUse, Timings
+from offload.runtime import Driver, Stream, iterate
+from offload.tiers.base import CancelToken
+from offload.tiers.files import Storage
+from offload.trace import write_trace
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[int] | Sequence[Message]
+_SAMPLING = frozenset(field.name for field in fields(SamplingConfig))
+
+
+def load(
+    path: str | Path,
+    *,
+    ram: str | int | None = None,
+    vram: str | int | None = None,
+    ctx: int | None = None,
+    device: str = "auto",
+    threads: int | None = None,
+    kv_type: str = "f16",
+    workers: int | None = None,
+    trace: bool = False,
+    progress: Progress | None = None,
+    storage: Storage | None = None,
+) -> Engine:
+    """Opens a GGUF file or a Hugging Face folder and places its weights under the budget.
+
+    Args:
+        ram: bytes for the whole process: "3GiB", a number, "minimum", or None for what the machine has free.
+        vram: bytes on the device, for torch devices.
+        progress: called as `progress(phase, done, total)` with bytes while weights are read.
+        storage: how files are opened; tests inject faults here.
+
+    Raises:
+        CheckpointError: the file is malformed. UnsupportedError: nothing that this version runs.
+        BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
+    """
+    config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
+                         workers=workers, trace=trace)  # fmt: skip
+    return Engine(path, config, storage=storage, progress=progress)
+
+
+def plan_model(path: str | Path, **options: Any) -> Plan:
+    """The plan that `load` with the same options would follow; reads headers only."""
+    return plan_only(path, make_config(**options))
+
+
+def make_config(
+    *, ram: str | int | None = None, vram: str | int | None = None, workers: int | None = None, **options: Any
+) -> LoadConfig:
+    """A `LoadConfig` from the spellings that people use.
+
+    Raises:
+        UsageError: a value is not one.
+    """
+    parsed_vram = LoadConfig.parse_ram(vram)
+    if parsed_vram == "minimum":
+        raise UsageError("vram: give a size such as 8GiB")
+    if workers is not None:
+        options["workers"] = workers
+    return LoadConfig(ram=LoadConfig.parse_ram(ram), vram=parsed_vram, **options)
+
+
+def make_request(options: Mapping[str, Any]) -> GenerationConfig:
+    """A `GenerationConfig` from flat options: `max_tokens=64, temperature=0, stop=["\\n"]`.
+
+    Raises:
+        UsageError: unknown option, or a value out of range.
+    """
+    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
+    general = {name: value for name, value in options.items() if name not in _SAMPLING}
+    if isinstance(general.get("stop"), str):
+        general["stop"] = (general["stop"],)
+    if "stop" in general:
+        general["stop"] = tuple(general["stop"])
+    try:
+        return GenerationConfig(sampling=SamplingConfig(**sampling), **general)
+    except TypeError as error:
+        raise UsageError(f"generation options: {error}") from None
+
+
+class Engine:
+    """A loaded model. Share it freely: requests from several threads queue up. Use it as a context manager."""
+
+    def __init__(
+        self, path: str | Path, config: LoadConfig, *, storage: Storage | None = None, progress: Progress | None = None
+    ) -> None:
+        started = perf_counter()
+        self.config = config
+        self.model_name = Path(path).name
+        self._driver = Driver()
+        self._closing = threading.Lock()
+        self._failure: OffloadError | None = None
+        self._runner: Runner | None = None
+        try:
+            self._runner = self._driver.submit(
+                lambda: load_runner(path, config, storage=storage, progress=progress)
+            ).result()
+        except BaseException:
+            self._driver.close()
+            raise
+        self._decoder = Decoder(self._runner)
+        self._load_s = perf_counter() - started
+        self._process = psutil.Process()
+
+    # ---- asking
+
+    def generate(self, prompt: Prompt, *, on_prefill: OnPrefill | None = None, **options: Any) -> Completion:
+        """The whole answer to a text, token ids, or chat messages. Options: see `GenerationConfig`, `SamplingConfig`."""
+        with self.stream(prompt, on_prefill=on_prefill, **options) as stream:
+            return stream.result()
+
+    def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
+        """The assistant's next message, through the model's chat template."""
+        return self.generate(messages, **options)
+
+    def stream(self, prompt: Prompt, *, on_prefill: OnPrefill | None = None, **options: Any) -> Stream:
+        """The answer as it grows. `on_prefill(done, total)` is called from the driver thread."""
+        request, tokens = make_request(options), self._tokens(prompt)
+
+        def job(cancel: CancelToken, emit: Callable[[Chunk], None]) -> Completion:
+            return self._run(tokens, request, cancel, emit, on_prefill)
+
+        return Stream(self._driver, job)
+
+    def astream(self, prompt: Prompt, **options: Any) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio: `async for chunk in engine.astream("text")`."""
+        return iterate(self.stream(prompt, **options))
+
+    def logits(self, tokens: Sequence[int]) -> Floats:
+        """Logits after every token, float32 [len(tokens), vocab_size]."""
+        ids = [int(token) for token in tokens]
+
+        def work() -> Floats:
+            self._check()
+            rows: Floats = self._guard(lambda: self._decoder.all_logits(ids, CancelToken()))
+            return rows
+
+        return self._driver.submit(work).result()
+
+    # ---- text
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer, or None when it brings none: prompts are then token ids."""
+        return self._open_runner.opened.tokenizer
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Token ids of a text."""
+        return self._need_tokenizer().encode(text, add_special=add_special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of token ids."""
+        return self._need_tokenizer().decode(tokens)
+
+    # ---- looking
+
+    @property
+    def plan(self) -> Plan:
+        """Where every block lives, and the speed that follows."""
+        return self._open_runner.plan
+
+    @property
+    def ctx(self) -> int:
+        """Context length in tokens."""
+        return self._open_runner.opened.ctx
+
+    def statistics(self) -> Statistics:
+        """Totals since the engine was loaded."""
+        telemetry = self._open_runner.telemetry
+        memory = self._process.memory_info()
+        return Statistics(
+            passes=telemetry.passes,
+            tokens=telemetry.tokens,
+            compute_s=telemetry.compute_s,
+            wait_s=telemetry.wait_s,
+            other_s=telemetry.other_s,
+            bound="disk" if telemetry.wait_s > telemetry.compute_s else "compute",
+            io=self._io(),
+            residency=self._residency(),
+            kv_tokens=len(self._decoder),
+            rss_bytes=memory.rss,
+            peak_rss_bytes=peak_rss(memory.rss),
+        )
+
+    def write_trace(self, path: str | Path) -> None:
+        """Writes the timeline for Perfetto.
+
+        Raises:
+            UsageError: the engine was loaded without `trace=True`. StorageError: the file cannot be written.
+        """
+        timeline = self._open_runner.telemetry.timeline
+        if timeline is None:
+            raise UsageError("no timeline was recorded: load with trace=True")
+        write_trace(Path(path), list(timeline))
+
+    # ---- closing
+
+    def close(self) -> None:
+        """Ends the running request's queue and frees memory, threads and files. Idempotent."""
+        with self._closing:
+            runner, self._runner = self._runner, None
+            if runner is not None:
+                self._driver.submit(runner.close).result()
+                self._driver.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ---- inner
+
+    @property
+    def _open_runner(self) -> Runner:
+        if self._runner is None:
+            raise ClosedError("the engine is closed; load the model again")
+        return self._runner
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            raise ClosedError(f"the engine stopped after an error ({self._failure}); load the model again")
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """A disk error leaves the engine closed for requests: its weights can no longer be trusted to arrive."""
+        try:
+            return work()
+        except StorageError as error:
+            self._failure = error
+            raise
+
+    def _run(
+        self, tokens: Sequence[int], request: GenerationConfig, cancel: CancelToken,
+        emit: Callable[[Chunk], None], on_prefill: OnPrefill | None,
+    ) -> Completion:  # fmt: skip
+        self._check()
+        runner, before = self._open_runner, self._io()
+        runner.backend.set_abort(lambda: cancel.cancelled)
+        try:
+            answer = self._guard(lambda: generate(self._decoder, runner, tokens, request, cancel, emit, on_prefill))
+        finally:
+            runner.backend.set_abort(None)
+        return self._completion(answer, before)
+
+    def _completion(self, answer: Answer, before: Mapping[str, EdgeUse]) -> Completion:
+        first = answer.first_token_s or answer.ended_s
+        prefill_s, decode_s = first - answer.started_s, answer.ended_s - first
+        computed = answer.prompt_tokens - answer.cached_tokens
+        after = self._io()
+        return Completion(
+            text=answer.text,
+            tokens=tuple(answer.tokens),
+            finish_reason=answer.finish_reason,
+            prompt_tokens=answer.prompt_tokens,
+            cached_tokens=answer.cached_tokens,
+            timings=Timings(
+                load_s=self._load_s,
+                ttft_s=prefill_s,
+                prefill_tps=computed / prefill_s if prefill_s > 0 else 0.0,
+                decode_tps=(len(answer.tokens) - 1) / decode_s if decode_s > 0 and len(answer.tokens) > 1 else 0.0,
+            ),
+            logprobs=tuple(answer.logprobs),
+            io={
+                edge: EdgeUse(bytes=use.bytes - before[edge].bytes, busy_s=use.busy_s - before[edge].busy_s)
+                for edge, use in after.items()
+            },
+            residency=self._residency(),
+            peak_rss_bytes=peak_rss(self._process.memory_info().rss),
+        )
+
+    def _io(self) -> dict[str, EdgeUse]:
+        return {"nvme->ram": self._open_runner.reader.statistics()}
+
+    def _residency(self) -> dict[str, TierUse]:
+        plan, rate = self._open_runner.plan, self._open_runner.telemetry.hit_rate
+        return {
+            "ram": TierUse(bytes=plan.pinned_bytes, hit_rate=rate),
+            "nvme": TierUse(bytes=plan.streamed_bytes, hit_rate=1.0),
+        }
+
+    def _tokens(self, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str):
+            return self._need_tokenizer().encode(prompt)
+        items = list(prompt)
+        if items and isinstance(items[0], Mapping):
+            return self._render(items)
+        try:
+            return [int(item) for item in items]  # type: ignore[call-overload]
+        except (TypeError, ValueError):
+            raise UsageError("prompt: give a text, token ids, or chat messages") from None
+
+    def _render(self, messages: Sequence[Any]) -> list[int]:
+        tokenizer = self._need_tokenizer()
+        if tokenizer.template is None:
+            raise UsageError(f"{self.model_name} has no chat template; give a plain text prompt instead")
+        text = render(tokenizer.template, messages, special_strings=tokenizer.special_strings)
+        return tokenizer.encode(text, add_special=False)
+
+    def _need_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise UsageError(f"{self.model_name} brings no tokenizer; give the prompt as token ids")
+        return self.tokenizer
+
+
+def peak_rss(current: int) -> int:
+    """Highest resident set of this process so far, in bytes."""
+    try:
+        import resource
+    except ImportError:
+        return current
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    import sys
+
+    return max(current, peak if sys.platform == "darwin" else peak * 1024)

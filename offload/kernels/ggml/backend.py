@@ -1,0 +1,308 @@
+"""The ggml backend: runs segments on the CPU as cached graphs, straight from the memory where the tiers put the weights.
+
+A matrix is one ggml tensor that all graphs share; when the matrix moves, its data pointer is set and every cached graph
+follows. Graphs are cached by segment, token count, KV bucket and output count. Called from one thread.
+
+Hidden states ping-pong between two buffers per pass: a segment reads one and writes the other, so that no kernel ever
+reads what it overwrites.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Final
+
+import numpy as np
+
+from offload.config import MICRO_BATCH_TOKENS, KVType
+from offload.elements import F16, F32
+from offload.errors import BackendError, Cancelled
+from offload.kernels.batch import Floats, MicroBatch, Segment
+from offload.kernels.ggml.inputs import KV_BUCKET, BatchInputs, bucket
+from offload.kernels.ggml.library import STATUS_ABORTED, STATUS_SUCCESS, AbortCallback, Library, load_library
+from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
+from offload.models.base import Model
+from offload.units import align_up
+
+GRAPHS_PER_SEGMENT: Final = 4  # decode and prefill, for this KV bucket and the one before
+ANCHOR_NBYTES: Final = 1 << 46
+
+
+@dataclass(slots=True)
+class _Graph:
+    """A built graph: the cells through which its leaves and results are pointed at memory before a run."""
+
+    context: int
+    graph: int
+    inputs: dict[str, ctypes.c_uint64]
+    masks: dict[int | None, ctypes.c_uint64]
+    hidden_in: ctypes.c_uint64
+    hidden_out: ctypes.c_uint64 | None
+    parts: list[tuple[int, ctypes.c_uint64]]  # (number of the head part, its data cell)
+
+
+class GgmlBackend:
+    """See the module. `kv_address` is page-aligned memory of `kv_nbytes(model, ctx, kv_type)` zeroed bytes."""
+
+    name = "ggml"
+
+    def __init__(self, model: Model, ctx: int, *, threads: int, kv_type: KVType) -> None:
+        self._lib: Library = load_library()
+        self._model = model
+        self._ctx = ctx
+        self._kv_element = F16 if kv_type == "f16" else F32
+        self._backend = self._lib.ggml_backend_cpu_init()
+        self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
+        self._allocator = self._lib.ggml_gallocr_new(self._lib.ggml_backend_cpu_buffer_type())
+        self._anchor_memory = np.zeros(8192, dtype=np.uint8)
+        self._anchor_address = align_up(self._anchor_memory.ctypes.data)
+        # tensors that live in our memory need a buffer object; it is never read through, only data pointers are
+        self._anchor = self._lib.ggml_backend_cpu_buffer_from_ptr(self._anchor_address, ANCHOR_NBYTES)
+        self._tensors = self._lib.context(self._tensor_context_nbytes())
+        self._weights: dict[str, int] = {}
+        self._cells: dict[str, ctypes.c_uint64] = {}
+        self._windows = tuple(dict.fromkeys(model.config.sliding_windows))
+        self._kv: list[KVTensors] = []
+        self._kv_cells: list[ctypes.c_uint64] = []
+        self._make_matrices()
+        self._make_cache()
+        self._vectors: dict[str, Floats] = {}
+        self._graphs: OrderedDict[tuple[int, int, int, int, int], _Graph] = OrderedDict()
+        self._max_graphs = 8
+        self._abort_callback: object = None
+        self._inputs: list[BatchInputs] = []
+        self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
+        self._parity: list[int] = []
+        self._offsets: list[int] = []
+        self._logits = np.empty(0, np.float32)
+
+    # ---- memory
+
+    @staticmethod
+    def kv_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
+        """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket)."""
+        config, element = model.config, F16 if kv_type == "f16" else F32
+        per_token = 2 * config.num_kv_heads * config.head_dim * element.block_bytes
+        return config.num_layers * per_token * align_up(ctx, KV_BUCKET)
+
+    def place_cache(self, address: int) -> None:
+        """Puts the KV cache at `address`; the memory must be zeroed (masked keys are still multiplied)."""
+        each = self.kv_nbytes(self._model, self._ctx, "f16" if self._kv_element is F16 else "f32") // len(
+            self._kv_cells
+        )
+        for index, cell in enumerate(self._kv_cells):
+            cell.value = address + index * each
+
+    def place(self, name: str, address: int) -> None:
+        """Matrix `name` now lies at `address`."""
+        self._cells[name].value = address
+
+    def place_vector(self, name: str, values: Floats) -> None:
+        """Gives vector `name` its values, float32; kept alive here."""
+        self._vectors[name] = np.ascontiguousarray(values, dtype=np.float32)
+        self._cells[name].value = self._vectors[name].ctypes.data
+
+    def reserve(self, segments: Sequence[Segment], micro_batch: int = MICRO_BATCH_TOKENS) -> int:
+        """Builds the largest graph of every segment once, so that no later one needs more. Returns workspace bytes."""
+        self._max_graphs = max(8, GRAPHS_PER_SEGMENT * len(segments))
+        tokens = min(micro_batch, self._ctx)
+        batch = MicroBatch(self._ctx - tokens, tokens, (0,))
+        for segment in segments:
+            graph = self._build(segment, BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows))
+            self._lib.ggml_free(graph.context)
+        widest = max(tensor.shape[1] for tensor in self._model.matrices.values())
+        # activations converted to the kernel's type, at most 16 bits each, and flash attention's tiles
+        conversion = tokens * widest * 2 + (4 << 20)
+        return int(self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0)) + conversion
+
+    # ---- running
+
+    def begin(self, batches: Sequence[MicroBatch], hidden: Floats) -> None:
+        """See `Backend.begin`."""
+        size = self._model.config.hidden_size
+        if self._hidden[0].size < hidden.size:
+            self._hidden = (np.empty(hidden.size, np.float32), np.empty(hidden.size, np.float32))
+        self._hidden[0][: hidden.size] = hidden.reshape(-1)
+        self._inputs = [
+            BatchInputs(batch, bucket(batch.kv_length, align_up(self._ctx, KV_BUCKET)), self._windows)
+            for batch in batches
+        ]
+        starts = np.cumsum([0, *(batch.num_tokens for batch in batches)])
+        self._offsets = [int(start) * size * 4 for start in starts[:-1]]
+        self._parity = [0] * len(batches)
+        wanted = max((len(batch.outputs) for batch in batches), default=0) * self._model.config.vocab_size
+        if self._logits.size < wanted:
+            self._logits = np.empty(wanted, np.float32)
+
+    def run(self, segment: Segment, batch: int) -> None:
+        """See `Backend.run`."""
+        inputs = self._inputs[batch]
+        graph = self._graph_for(segment, inputs)
+        if graph is None:
+            return
+        self._point(graph, inputs, batch)
+        status = self._lib.ggml_backend_graph_compute(self._backend, graph.graph)
+        if status == STATUS_ABORTED:
+            raise Cancelled("cancelled")
+        if status != STATUS_SUCCESS:
+            raise BackendError(f"ggml: stages {segment.first} to {segment.last} failed with status {status}")
+        if graph.hidden_out is not None:
+            self._parity[batch] ^= 1
+
+    def logits(self, batch: int) -> Floats:
+        """See `Backend.logits`."""
+        rows, vocab = len(self._inputs[batch].batch.outputs), self._model.config.vocab_size
+        result = np.empty((rows, vocab), dtype=np.float32)
+        start = 0
+        for name in self._head_names():
+            width = self._model.matrices[name].shape[0]
+            flat = self._logits[rows * start : rows * (start + width)]
+            result[:, start : start + width] = flat.reshape(rows, width)
+            start += width
+        return result
+
+    def set_abort(self, abort: Callable[[], bool] | None) -> None:
+        """See `Backend.set_abort`. Asked between graph nodes, from the computing thread."""
+        self._abort_callback = AbortCallback(lambda _: abort()) if abort is not None else AbortCallback()
+        self._lib.ggml_backend_cpu_set_abort_callback(self._backend, self._abort_callback, None)
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        if not self._backend:
+            return
+        self._drop_graphs()
+        self._lib.ggml_gallocr_free(self._allocator)
+        self._lib.ggml_free(self._tensors)
+        self._lib.ggml_backend_buffer_free(self._anchor)
+        self._lib.ggml_backend_free(self._backend)
+        self._backend = None
+
+    # ---- tensors
+
+    def _tensor_context_nbytes(self) -> int:
+        count = len(self._model.matrices) + len(self._model.vectors) + 2 * self._model.config.num_layers
+        return (count + 8) * int(self._lib.ggml_tensor_overhead())
+
+    def _make_matrices(self) -> None:
+        lib = self._lib
+        for name, info in self._model.matrices.items():
+            self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, info.element.ggml_id, info.shape[1], info.shape[0]))
+        for name, vector in self._model.vectors.items():
+            count = len(vector.values) if vector.tensor is None else prod(vector.tensor.shape)
+            self._adopt(name, lib.ggml_new_tensor_1d(self._tensors, F32.ggml_id, count))
+
+    def _adopt(self, name: str, tensor: int) -> None:
+        self._weights[name] = tensor
+        self._cells[name] = self._anchored(tensor)
+
+    def _make_cache(self) -> None:
+        width = self._model.config.num_kv_heads * self._model.config.head_dim
+        length, element = align_up(self._ctx, KV_BUCKET), self._kv_element
+        for _ in range(self._model.config.num_layers):
+            key, value = (self._lib.ggml_new_tensor_2d(self._tensors, element.ggml_id, width, length) for _ in range(2))
+            self._kv.append(KVTensors(key, value, element.block_bytes))
+            self._kv_cells += [self._anchored(key), self._anchored(value)]
+
+    def _anchored(self, tensor: int) -> ctypes.c_uint64:
+        """Marks a tensor as living outside of the graph allocator's memory; returns the cell that moves it."""
+        self._lib.ggml_backend_tensor_alloc(self._anchor, tensor, self._anchor_address)
+        return self._lib.data_cell(tensor)
+
+    # ---- graphs
+
+    def _graph_for(self, segment: Segment, inputs: BatchInputs) -> _Graph | None:
+        if not inputs.batch.outputs and segment.first >= self._model.first_output_stage:
+            return None  # nothing of this batch is wanted past the last attention
+        key = (segment.first, segment.last, inputs.batch.num_tokens, inputs.kv_length, len(inputs.batch.outputs))
+        graph = self._graphs.get(key)
+        if graph is None:
+            graph = self._graphs[key] = self._build(segment, inputs)
+            if len(self._graphs) > self._max_graphs:
+                self._lib.ggml_free(self._graphs.popitem(last=False)[1].context)
+        else:
+            self._graphs.move_to_end(key)
+        return graph
+
+    def _build(self, segment: Segment, inputs: BatchInputs) -> _Graph:
+        lib, model = self._lib, self._model
+        stages = model.stages[segment.first : segment.last]
+        if not inputs.batch.outputs:
+            stages = stages[: max(0, model.first_output_stage - segment.first)]
+        capacity = 64 * len(stages) + 64
+        context = lib.context(
+            capacity * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(capacity, False) + 4096
+        )
+        graph = lib.ggml_new_graph_custom(context, capacity, False)
+        tokens, outputs = inputs.batch.num_tokens, len(inputs.outputs)
+        leaves = GraphInputs(
+            positions=lib.ggml_new_tensor_1d(context, 26, tokens),
+            rows=lib.ggml_new_tensor_1d(context, 27, tokens),
+            outputs=lib.ggml_new_tensor_1d(context, 26, outputs),
+            masks={
+                window: lib.ggml_new_tensor_2d(context, F16.ggml_id, inputs.kv_length, tokens)
+                for window in self._windows
+            },
+        )
+        rows = tokens if segment.first < model.first_output_stage else outputs
+        hidden_in = lib.ggml_new_tensor_2d(context, F32.ggml_id, model.config.hidden_size, rows)
+        cells = {name: self._anchored(getattr(leaves, name)) for name in ("positions", "rows", "outputs")}
+        masks = {window: self._anchored(tensor) for window, tensor in leaves.masks.items()}
+        hidden_in_cell = self._anchored(hidden_in)
+        ops = GgmlOps(
+            lib, context, graph,
+            weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[0],
+            kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
+        )  # fmt: skip
+        x = Node(hidden_in, (rows, model.config.hidden_size), model.config.hidden_size * 4)
+        parts = []
+        for number, stage in enumerate(stages, segment.first - len(model.stages) + model.head_parts):
+            result = stage.forward(ops, x)
+            if stage.layer < 0:
+                parts.append((number, self._result(graph, result)))
+            else:
+                x = result
+        is_last = segment.last >= len(model.stages)
+        hidden_out = None if x.tensor == hidden_in or is_last else self._result(graph, x)
+        self._allocate(graph)
+        return _Graph(context, graph, cells, masks, hidden_in_cell, hidden_out, parts)
+
+    def _result(self, graph: int, node: Node) -> ctypes.c_uint64:
+        cell = self._anchored(node.tensor)
+        self._lib.ggml_build_forward_expand(graph, node.tensor)
+        return cell
+
+    def _allocate(self, graph: int) -> None:
+        """Gives the graph's inner nodes their places in the one workspace that all graphs share."""
+        before = self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0)
+        if not self._lib.ggml_gallocr_alloc_graph(self._allocator, graph):
+            raise BackendError("ggml: no memory for the workspace of a graph; lower --ctx or raise --ram")
+        if self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0) != before:
+            self._drop_graphs()  # the workspace moved, and cached graphs still point into the old one
+
+    def _drop_graphs(self) -> None:
+        while self._graphs:
+            self._lib.ggml_free(self._graphs.popitem()[1].context)
+
+    def _point(self, graph: _Graph, inputs: BatchInputs, batch: int) -> None:
+        parity, offset = self._parity[batch], self._offsets[batch]
+        graph.inputs["positions"].value = inputs.positions.ctypes.data
+        graph.inputs["rows"].value = inputs.rows.ctypes.data
+        graph.inputs["outputs"].value = inputs.outputs.ctypes.data
+        for window, cell in graph.masks.items():
+            cell.value = inputs.masks[window].ctypes.data
+        graph.hidden_in.value = self._hidden[parity].ctypes.data + offset
+        if graph.hidden_out is not None:
+            graph.hidden_out.value = self._hidden[parity ^ 1].ctypes.data + offset
+        outputs = len(inputs.batch.outputs)
+        for number, cell in graph.parts:
+            cell.value = self._logits.ctypes.data + 4 * outputs * self._part_start(number)
+
+    def _head_names(self) -> list[str]:
+        return [name for stage in self._model.stages[-self._model.head_parts :] for name in stage.matrices]
+
+    def _part_start(self, number: int) -> int:
+        return sum(self._model.matrices[name].shape[0] for name in self._head_names()[:number])

@@ -1,0 +1,181 @@
+"""`Ops` that records a ggml graph instead of computing: handles are nodes, results exist when the graph has run.
+
+The order of operations is llama.cpp's, so that the same file gives the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from offload.kernels.ggml.library import GLU_OPS, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
+from offload.kernels.ops import Activation, Attention, Rope
+
+FLOAT_BYTES = 4
+
+
+class Node(NamedTuple):
+    """A float32 tensor of the graph. `shape` is outermost first; the last dimension is contiguous."""
+
+    tensor: int
+    shape: tuple[int, ...]
+    row_nbytes: int  # distance between consecutive tokens
+
+
+class KVTensors(NamedTuple):
+    """Key and value cache of a layer, each [ctx, num_kv_heads * head_dim] of one element type."""
+
+    key: int
+    value: int
+    element_nbytes: int
+
+
+class GraphInputs(NamedTuple):
+    """Leaf tensors of a graph whose data is set before each run. `masks` maps a window to its mask [tokens, kv]."""
+
+    positions: int
+    rows: int
+    outputs: int
+    masks: Mapping[int | None, int]
+
+
+class GgmlOps:
+    """Records one segment. `weight(name)` gives the ggml tensor of a matrix or vector, `out_features(name)` its
+    rows, `kv[layer]` the caches."""
+
+    def __init__(
+        self,
+        library: Library,
+        context: int,
+        graph: int,
+        *,
+        weight: Callable[[str], int],
+        out_features: Callable[[str], int],
+        kv: Sequence[KVTensors],
+        inputs: GraphInputs,
+        num_outputs: int,
+        kv_length: int,
+    ) -> None:
+        self._lib = library
+        self._ctx = context
+        self._graph = graph
+        self._weight = weight
+        self._out_features = out_features
+        self._kv = kv
+        self._inputs = inputs
+        self._num_outputs = num_outputs
+        self._kv_length = kv_length
+
+    def linear(self, x: Node, weight: str, bias: str | None = None) -> Node:
+        """[num_tokens, in_features] -> [num_tokens, out_features]."""
+        tensor = self._lib.ggml_mul_mat(self._ctx, self._weight(weight), x.tensor)
+        if bias is not None:
+            tensor = self._lib.ggml_add(self._ctx, tensor, self._weight(bias))
+        return self._dense(tensor, (x.shape[0], self._out_features(weight)))
+
+    def rms_norm(self, x: Node, weight: str | None, eps: float) -> Node:
+        """Norm over the last dimension, times `weight`."""
+        tensor = self._lib.ggml_rms_norm(self._ctx, x.tensor, eps)
+        if weight is not None:
+            tensor = self._lib.ggml_mul(self._ctx, tensor, self._weight(weight))
+        return self._dense(tensor, x.shape)
+
+    def add(self, a: Node, b: Node) -> Node:
+        """Elementwise sum."""
+        return self._dense(self._lib.ggml_add(self._ctx, a.tensor, b.tensor), a.shape)
+
+    def scale(self, x: Node, factor: float) -> Node:
+        """`x * factor`."""
+        return self._dense(self._lib.ggml_scale(self._ctx, x.tensor, factor), x.shape)
+
+    def softcap(self, x: Node, cap: float) -> Node:
+        """`cap * tanh(x / cap)`."""
+        return self.scale(self._dense(self._lib.ggml_tanh(self._ctx, self.scale(x, 1 / cap).tensor), x.shape), cap)
+
+    def split(self, x: Node, sizes: Sequence[int]) -> tuple[Node, ...]:
+        """Slices of the last dimension, as views."""
+        parts, offset = [], 0
+        for size in sizes:
+            view = self._lib.ggml_view_2d(self._ctx, x.tensor, size, x.shape[0], x.row_nbytes, offset * FLOAT_BYTES)
+            parts.append(Node(view, (x.shape[0], size), x.row_nbytes))
+            offset += size
+        return tuple(parts)
+
+    def heads(self, x: Node, num_heads: int) -> Node:
+        """[num_tokens, features] -> [num_tokens, num_heads, head_dim], a view."""
+        num_tokens, features = x.shape
+        dim = features // num_heads
+        view = self._lib.ggml_view_3d(
+            self._ctx, x.tensor, dim, num_heads, num_tokens, dim * FLOAT_BYTES, x.row_nbytes, 0
+        )
+        return Node(view, (num_tokens, num_heads, dim), x.row_nbytes)
+
+    def rope(self, x: Node, rope: Rope) -> Node:
+        """Rotation by the batch's positions."""
+        tensor = self._lib.ggml_rope_ext(
+            self._ctx,
+            x.tensor,
+            self._inputs.positions,
+            self._weight(rope.factors) if rope.factors is not None else None,
+            rope.dims,
+            ROPE_INTERLEAVED if rope.interleaved else ROPE_HALVES,
+            0,  # original context: only YaRN reads it
+            rope.theta,
+            rope.frequency_scale,
+            0.0,  # no YaRN extrapolation
+            rope.magnitude,
+            32.0,
+            1.0,
+        )
+        return self._dense(tensor, x.shape)
+
+    def attention(self, query: Node, key: Node, value: Node, attention: Attention) -> Node:
+        """Stores key and value, then flash attention over the first `kv_length` positions of the layer's cache."""
+        lib, ctx, cache = self._lib, self._ctx, self._kv[attention.layer]
+        self._store(cache.key, key)
+        self._store(cache.value, value)
+        num_tokens, num_heads, dim = query.shape
+        tensor = lib.ggml_flash_attn_ext(
+            ctx,
+            lib.ggml_permute(ctx, query.tensor, 0, 2, 1, 3),
+            self._cached(cache.key, key, cache.element_nbytes),
+            self._cached(cache.value, value, cache.element_nbytes),
+            self._inputs.masks[attention.window],
+            attention.scale,
+            0.0,  # no ALiBi
+            attention.softcap or 0.0,
+        )
+        lib.ggml_prec_set_acc(tensor, PREC_F32)
+        features = num_heads * dim
+        return self._dense(lib.ggml_reshape_2d(ctx, tensor, features, num_tokens), (num_tokens, features))
+
+    def glu(self, gate: Node, up: Node, activation: Activation) -> Node:
+        """`activation(gate) * up` in one kernel."""
+        return self._dense(self._lib.ggml_glu_split(self._ctx, gate.tensor, up.tensor, GLU_OPS[activation]), gate.shape)
+
+    def output_rows(self, x: Node) -> Node:
+        """The rows whose logits are wanted."""
+        tensor = self._lib.ggml_get_rows(self._ctx, x.tensor, self._inputs.outputs)
+        return self._dense(tensor, (self._num_outputs, x.shape[1]))
+
+    def _store(self, cache: int, fresh: Node) -> None:
+        num_tokens, num_heads, dim = fresh.shape
+        flat = self._lib.ggml_view_2d(self._ctx, fresh.tensor, num_heads * dim, num_tokens, fresh.row_nbytes, 0)
+        stored = self._lib.ggml_set_rows(self._ctx, cache, flat, self._inputs.rows)
+        self._lib.ggml_build_forward_expand(self._graph, stored)  # before the attention node that reads the cache
+
+    def _cached(self, cache: int, fresh: Node, element_nbytes: int) -> int:
+        """The cache as [num_kv_heads, kv_length, head_dim], a view."""
+        _, num_heads, dim = fresh.shape
+        head_nbytes = dim * element_nbytes
+        view: int = self._lib.ggml_view_3d(
+            self._ctx, cache, dim, self._kv_length, num_heads, head_nbytes * num_heads, head_nbytes, 0
+        )
+        return view
+
+    @staticmethod
+    def _dense(tensor: int, shape: tuple[int, ...]) -> Node:
+        row = FLOAT_BYTES
+        for size in shape[1:]:
+            row *= size
+        return Node(tensor, shape, row)

@@ -1,0 +1,52 @@
+"""Counters of the hot loop, and an optional timeline. Holds numbers only; formatting is the cli's, files are `trace`'s.
+
+Threads: the driver thread writes everything but `timeline`, to which I/O workers append too (a deque append is atomic).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Final, NamedTuple
+
+TIMELINE_EVENTS: Final = 1_000_000  # about 100 MB of events at the very most; the oldest go first
+
+
+class Event(NamedTuple):
+    """A span of the timeline, in `time.perf_counter` seconds. `lane` is a row of the picture: compute, wait, read."""
+
+    lane: str
+    name: str
+    start_s: float
+    end_s: float
+    nbytes: int = 0
+
+
+class Telemetry:
+    """Totals since the engine was loaded."""
+
+    __slots__ = ("compute_s", "demands", "hits", "pass_s", "passes", "timeline", "tokens", "wait_s")
+
+    def __init__(self, *, timeline: bool = False) -> None:
+        self.compute_s = 0.0
+        self.wait_s = 0.0
+        self.pass_s = 0.0
+        self.passes = 0
+        self.tokens = 0
+        self.demands = 0
+        self.hits = 0
+        self.timeline: deque[Event] | None = deque(maxlen=TIMELINE_EVENTS) if timeline else None
+
+    def span(self, lane: str, name: str, start_s: float, end_s: float, nbytes: int = 0) -> None:
+        """Adds to the timeline, if one is kept."""
+        if self.timeline is not None:
+            self.timeline.append(Event(lane, name, start_s, end_s, nbytes))
+
+    @property
+    def other_s(self) -> float:
+        """Time of passes that was neither kernels nor waits: Python."""
+        return max(0.0, self.pass_s - self.compute_s - self.wait_s)
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of block demands that found the block in memory."""
+        return self.hits / self.demands if self.demands else 1.0
