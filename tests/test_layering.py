@@ -17,6 +17,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = {f"offload.{name}" for name in ("errors", "units", "elements", "blocks", "config", "results", "telemetry")}
+CHOOSES_A_FORMAT = "offload.models.text"  # each tokenizer library costs memory that the other format does not need
 MAY_HOLD_TORCH = ("offload.kernels.torch", "offload.tiers.vram")
 FOLDERS = ("offload", "tiers", "prefetch", "models", "cli")
 
@@ -112,7 +113,7 @@ def top_level(module: ast.Module) -> Iterator[ast.stmt]:
 
 def test_a_function_imports_our_own_modules_only_to_stay_lazy() -> None:
     """Elsewhere such an import hides a cycle. The command line defers for start-up time, torch for memory."""
-    for module in sorted(set(MODULES) - set(of("offload.cli"))):
+    for module in sorted(set(MODULES) - {CHOOSES_A_FORMAT, *of("offload.cli")}):
         functions = [
             node for node in ast.walk(tree(module)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
         ]
