@@ -152,7 +152,7 @@ def read_exactly(file: File, destination: memoryview, offset: int, needed: int) 
     """
     got = 0
     while got < needed:
-        start = align_down(got)  # direct I/O goes on at a page border, and reads the torn page again
+        start = align_down(got) if file.direct else got  # direct I/O goes on at a page border
         try:
             count = file.read_into(destination[start:], offset + start)
         except InterruptedError:

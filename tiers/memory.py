@@ -14,8 +14,8 @@ from offload.blocks import Extent
 from offload.errors import StorageError
 from offload.results import EdgeUse
 from offload.tiers.base import TIMEOUT_S, TransferHandle
-from offload.tiers.files import Storage, read_exactly
-from offload.tiers.nvme import check_inside, check_unchanged, open_all
+from offload.tiers.checked import check_inside, check_unchanged, open_all, read_checked
+from offload.tiers.files import Storage
 
 
 class FakeStorage:
@@ -87,8 +87,7 @@ class MemoryReader:
         handle = TransferHandle(pieces=1, nbytes=extent.window_nbytes)
         try:
             window = destination[: extent.window_nbytes]
-            read_exactly(file, window, extent.window_offset, extent.lead + extent.nbytes)
-            check_unchanged(file)
+            read_checked(file, window, extent.window_offset, extent.lead + extent.nbytes)
         except StorageError as error:
             handle.fail(error)
         else:

@@ -13,7 +13,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +21,8 @@ from offload.config import READ_BYTES
 from offload.errors import Cancelled, ClosedError, StorageError
 from offload.results import EdgeUse
 from offload.tiers.base import TIMEOUT_S, OnRead, TransferHandle
-from offload.tiers.files import File, Storage, read_exactly
+from offload.tiers.checked import check_inside, check_unchanged, open_all, read_checked
+from offload.tiers.files import File, Storage
 from offload.units import PAGE
 
 
@@ -186,10 +186,7 @@ class NvmeReader:
         """Reads a piece and returns what went wrong: the worker survives every error, the handle carries it."""
         start_s = time.perf_counter()
         try:
-            try:
-                read_exactly(piece.file, piece.destination, piece.offset, piece.needed)
-            finally:  # also after a failure: "the file was truncated" explains a short read
-                check_unchanged(piece.file)
+            read_checked(piece.file, piece.destination, piece.offset, piece.needed)
             if self._on_read is not None:
                 size = len(piece.destination)
                 self._on_read(start_s, time.perf_counter(), size, piece.file.path, piece.offset)
@@ -228,37 +225,3 @@ class _Use:
 
     def busy_until(self, now_s: float) -> float:
         return self._busy_s + (now_s - self._since_s if self.in_flight else 0.0)
-
-
-def open_all(storage: Storage, paths: Sequence[Path]) -> dict[Path, File]:
-    """Opens every path, or none: a failure closes those opened before it."""
-    with ExitStack() as stack:
-        files: dict[Path, File] = {}
-        for path in dict.fromkeys(paths):
-            files[path] = storage.open(path)
-            stack.callback(files[path].close)
-        stack.pop_all()
-        return files
-
-
-def check_inside(file: File, extent: Extent) -> None:
-    """
-    Raises:
-        StorageError: the extent passes the end of the file.
-    """
-    if extent.end > file.nbytes:
-        raise StorageError(
-            f"{file.path}: bytes {extent.offset} to {extent.end} wanted, the file has {file.nbytes}; download it again",
-            path=str(file.path),
-            offset=extent.offset,
-        )
-
-
-def check_unchanged(file: File) -> None:
-    """
-    Raises:
-        StorageError: the file is no longer the one that was opened.
-    """
-    difference = file.changed()
-    if difference is not None:
-        raise StorageError(f"{file.path}: {difference} while it was in use; load the model again", path=str(file.path))

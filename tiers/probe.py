@@ -12,7 +12,8 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -85,10 +86,8 @@ def probe_disk(path: Path, *, seconds: float = 0.25) -> DiskReport:
         StorageError: unreadable, or the folder has no room for the file.
     """
     if path.is_dir():
-        with tempfile.TemporaryDirectory(prefix=".offload-probe-", dir=path) as folder:
-            file = Path(folder) / "data"
-            _write_file(file)
-            return probe_disk(file, seconds=seconds)
+        with _temporary_file(path) as file:
+            return replace(probe_disk(file, seconds=seconds), path=path)
     opened = LocalStorage().open(path)
     opened.close()
     points = (
@@ -152,21 +151,24 @@ def _extents(path: Path, read_bytes: int) -> Iterator[Extent]:
             yield Extent(path=path, offset=offset, nbytes=min(read_bytes, nbytes - offset))
 
 
-def _write_file(path: Path) -> None:
-    """A file of random bytes, on the disk: some drives and file systems make zeros look fast."""
-    try:
-        with path.open("wb") as file:
+@contextmanager
+def _temporary_file(folder: Path) -> Iterator[Path]:
+    """A file of random bytes on the disk, removed afterwards: some drives and file systems make zeros look fast."""
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".offload-probe-", dir=folder))
             for _ in range(FILE_BYTES // (8 * MIB)):
                 file.write(os.urandom(8 * MIB))
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
-        raise StorageError(
-            f"{path.parent}: writing a probe file of {FILE_BYTES // MIB} MiB failed: {error.strerror}; "
-            "free some space or probe an existing model file",
-            path=str(path),
-            errno=error.errno,
-        ) from error
+        except OSError as error:
+            raise StorageError(
+                f"{folder}: writing a probe file of {FILE_BYTES // MIB} MiB failed: {error.strerror}; "
+                "free some space, or name an existing model file or another folder",
+                path=str(folder),
+                errno=error.errno,
+            ) from error
+        yield Path(file.name)
 
 
 def _sum_once(pool: ThreadPoolExecutor, parts: list[np.ndarray[tuple[int, ...], np.dtype[np.int64]]]) -> float:

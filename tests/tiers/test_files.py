@@ -53,7 +53,13 @@ class FileContract:
     def test_read_exactly_names_what_is_missing(self, file, slab, content):
         with pytest.raises(StorageError) as caught:
             read_exactly(file, slab.view(0, 2 * PAGE), 4 * PAGE, 2 * PAGE)
-        for part in (str(file.path), f"{2 * PAGE} bytes", f"offset {4 * PAGE}", f"after {PAGE + 123}", "load the model"):
+        for part in (
+            str(file.path),
+            f"{2 * PAGE} bytes",
+            f"offset {4 * PAGE}",
+            f"after {PAGE + 123}",
+            "load the model",
+        ):
             assert part in str(caught.value)
         assert caught.value.path == str(file.path) and caught.value.offset == 4 * PAGE
 
@@ -112,7 +118,7 @@ class LocalContract(FileContract):
         assert file.changed() == "it was replaced by another file"
 
     def test_refuses_what_is_no_file(self, storage, tmp_path):
-        with pytest.raises(StorageError, match="not a regular file|cannot be opened"):
+        with pytest.raises(StorageError, match=r"not a regular file|cannot be opened"):
             storage.open(tmp_path)
         os.mkfifo(tmp_path / "pipe")
         with pytest.raises(StorageError, match="not a regular file"):
@@ -121,12 +127,12 @@ class LocalContract(FileContract):
     def test_no_descriptor_leaks(self, storage, path, tmp_path):
         if not Path("/proc/self/fd").exists():
             pytest.skip("no /proc")
-        before = len(os.listdir("/proc/self/fd"))
+        before = len(list(Path("/proc/self/fd").iterdir()))
         storage.open(path).close()
         for wrong in (tmp_path, tmp_path / "missing"):
             with pytest.raises(StorageError):
                 storage.open(wrong)
-        assert len(os.listdir("/proc/self/fd")) == before
+        assert len(list(Path("/proc/self/fd").iterdir())) == before
 
     def test_an_empty_file_opens(self, storage, tmp_path):
         (tmp_path / "empty").touch()

@@ -31,7 +31,7 @@ class RingMachine(RuleBasedStateMachine):
             assert not self._fits(pages)
             return
         assert region.nbytes == pages * PAGE and region.offset % PAGE == 0
-        assert 0 <= region.offset and region.offset + region.nbytes <= CAPACITY
+        assert 0 <= region.offset < region.offset + region.nbytes <= CAPACITY
         assert region.number not in self.numbers
         for other, _ in self.regions:
             assert region.offset + region.nbytes <= other.offset or other.offset + other.nbytes <= region.offset
