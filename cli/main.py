@@ -46,24 +46,34 @@ class CommandGroup(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except OffloadError as error:
-            report(error, debug=debug_requested(ctx))
-            raise typer.Exit(EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED) from error
-        except (KeyboardInterrupt, EOFError) as error:
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise  # typer ends the program, quietly where a pipe was closed
+        except KeyboardInterrupt as error:
             raise typer.Exit(EXIT_INTERRUPTED) from error
-        except BrokenPipeError:
-            raise  # typer closes the streams quietly
-        except OSError as error:
-            report(error, debug=debug_requested(ctx))
-            raise typer.Exit(EXIT_FAILED) from error
+        except Exception as error:
+            report(message_of(error), error if debug_requested(ctx) else None)
+            raise typer.Exit(EXIT_USAGE if is_usage(error) else EXIT_FAILED) from error
 
 
-def report(error: Exception, *, debug: bool) -> None:
-    """Write `error` to stderr as one line, after its traceback when `debug`."""
-    if debug:
+def is_usage(error: Exception) -> bool:
+    """Whether the user asked for what cannot be. typer's own exceptions carry their exit code."""
+    return isinstance(error, UsageError) or getattr(error, "exit_code", EXIT_FAILED) == EXIT_USAGE
+
+
+def message_of(error: Exception) -> str:
+    """What to tell the user; what only a programmer can mend says so."""
+    if hasattr(error, "format_message"):  # typer's
+        return f"{error.format_message().rstrip('.')}; --help lists what there is"
+    if isinstance(error, OffloadError | OSError):
+        return str(error) or type(error).__name__
+    return f"internal error, {type(error).__name__}: {error}; please report it with what --debug prints"
+
+
+def report(message: str, error: Exception | None) -> None:
+    """Write `message` to stderr as one line, after the traceback of `error` when one is given."""
+    if error is not None:
         traceback.print_exception(error)
-    line = " ".join(str(error).split()) or type(error).__name__
-    typer.echo(f"offload: error: {line}", err=True)
+    typer.echo(f"offload: error: {' '.join(message.split())}", err=True)
 
 
 def load_command(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,7 +125,7 @@ class FakeEngine:
     def stream(self, prompt: str | Sequence[Any], **options: Any) -> FakeStream:
         if len(str(prompt)) > 100_000:
             raise ContextError("prompt has 9000 tokens, ctx is 4096", needed_tokens=9000, available_tokens=4096)
-        self.prompts.append([dict(m) for m in prompt] if isinstance(prompt, list) else prompt)
+        self.prompts.append(deepcopy(prompt))
         self.options.append(options)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return FakeStream(self, answer, options)

@@ -1,0 +1,93 @@
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+import offload
+from offload.cli.main import COMMANDS
+
+TESTS = str(Path(__file__).parents[1])
+HEAVY = ("torch", "numpy", "llama_cpp", "prompt_toolkit", "transformers", "offload.engine")
+
+
+def modules_after(code: str) -> set[str]:
+    report = "import json, sys; print('\\n' + json.dumps(sorted(sys.modules)))"
+    script = f"import sys\ntry:\n    {code}\nexcept SystemExit:\n    pass\n{report}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["no-such-command"]])
+def test_help_loads_nothing_heavy(arguments):
+    code = f"sys.argv = ['offload', *{arguments}]; from offload.cli.main import main; main()"
+    assert modules_after(code).isdisjoint(HEAVY)
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_help_of_a_command_does_not_load_the_engine(command):
+    code = f"sys.argv = ['offload', '{command}', '--help']; from offload.cli.main import main; main()"
+    assert modules_after(code).isdisjoint({"torch", "numpy", "offload.engine"})
+
+
+def test_completion_of_command_names_loads_nothing_heavy():
+    variables = "os.environ.update(_OFFLOAD_COMPLETE='complete_bash', COMP_WORDS='offload i', COMP_CWORD='1')"
+    loaded = modules_after(f"import os; {variables}; from offload.cli.main import main; main()")
+    assert loaded.isdisjoint(HEAVY) and "offload.cli.inspect" not in loaded
+
+
+def test_completion_offers_commands_and_options():
+    def complete(words: str, number: int) -> list[str]:
+        variables = {"_OFFLOAD_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(number)}
+        script = "from offload.cli.main import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, env=os.environ | variables, check=False
+        )
+        return done.stdout.split()
+
+    assert complete("offload i", 1) == ["inspect"]
+    assert "--ram" in complete("offload run --r", 2)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_listed_command_loads_and_has_help(invoke, name):
+    result = invoke(name, "--help")
+    assert result.exit_code == 0 and "--debug" in result.stdout
+
+
+def test_every_listed_command_is_a_module_of_that_name():
+    assert all(callable(getattr(import_module(f"offload.cli.{name}"), name)) for name in COMMANDS)
+
+
+def test_help_names_the_environment_variables(invoke):
+    text = invoke("run", "--help", env={"COLUMNS": "200"}).stdout
+    assert all(f"OFFLOAD_{name}" in text for name in ("RAM", "VRAM", "CTX", "DEVICE", "THREADS", "KV_TYPE", "MODEL"))
+
+
+def test_a_bad_variable_is_bad_usage_and_named(invoke, engine_module, model):
+    result = invoke("run", model, "-p", "x", env={"OFFLOAD_CTX": "many"})
+    assert result.exit_code == 2 and ("OFFLOAD_CTX" in result.stderr or "--ctx" in result.stderr)
+
+
+def test_version_and_unknown_commands(invoke):
+    assert invoke("--version").stdout == f"offload {offload.__version__}\n"
+    result = invoke("rum")
+    assert result.exit_code == 2 and "Did you mean 'run'" in result.stderr
+
+
+def test_a_closed_pipe_is_quiet(model):
+    script = (
+        f"import sys; sys.path.insert(0, {TESTS!r}); from support.fake_engine import FakeEngine, FakeEngineModule\n"
+        "sys.modules['offload.engine'] = FakeEngineModule(FakeEngine('word ' * 100_000))\n"
+        "from offload.cli.main import main; main()"
+    )
+    arguments = [sys.executable, "-c", script, "run", str(model), "-p", "x"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.read(10)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(timeout=20) == 1
