@@ -21,7 +21,7 @@ from rich.text import Text
 from offload.cli.text import printable
 
 _REFRESH_S: Final = 0.05  # a faster model than this needs no faster screen
-_WORD: Final = re.compile(r"\s*\S+|\s+")
+_WORD: Final = re.compile(r"\S+\s*|\s+")  # the space behind a word hangs over the edge, it never starts a line
 
 
 class View(Protocol):
@@ -79,15 +79,18 @@ class Wrapper:
     def _wrap(self, line: str) -> list[str]:
         lines, current = [], ""
         for word in _WORD.findall(line):
-            if current and cell_len(current + word) > self._width:
-                lines.append(current)
-                current, word = "", word.lstrip()
+            if current and self._too_wide(current + word):
+                lines.append(current.rstrip())
+                current = ""
             current += word
-            while cell_len(current) > self._width:  # a word longer than the line
+            while self._too_wide(current):  # a word longer than the line
                 cut = self._cut(current)
                 lines.append(current[:cut])
                 current = current[cut:]
         return [*lines, current]
+
+    def _too_wide(self, text: str) -> bool:
+        return cell_len(text.rstrip()) > self._width
 
     def _cut(self, text: str) -> int:
         cells = 0
@@ -124,7 +127,8 @@ class LiveView:
             return
         self._drawn_s = clock
         status = Text(self._status, style="dim", no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(Text(self._wrapper.rest), status) if self._wrapper.rest else status, refresh=True)
+        rest = self._wrapper.rest.rstrip()
+        self._live.update(Group(Text(rest), status) if rest else status, refresh=True)
 
     def __enter__(self) -> LiveView:
         self._live.start()
@@ -134,4 +138,4 @@ class LiveView:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._live.stop()
-        self._console.print(Text(self._wrapper.rest), soft_wrap=True)
+        self._console.print(Text(self._wrapper.rest.rstrip()), soft_wrap=True)
