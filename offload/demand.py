@@ -14,7 +14,7 @@ from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
-MARGIN_BYTES: Final = 48 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
+MARGIN_BYTES: Final = 64 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
 MAX_MICRO_BATCHES: Final = 4
 LOGITS_BYTES: Final = 8 * MIB
 LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
@@ -85,7 +85,7 @@ def make_demand(
     rows = min(MICRO_BATCH_TOKENS, ctx)
     fixed = {
         "base": base_bytes,
-        "margin": MARGIN_BYTES + (budget_bytes or 0) // 100,
+        "margin": MARGIN_BYTES,
         "vectors": sum(_vector_nbytes(model, name) for name in model.vectors),
         "kv": align_up(kv_bytes),
         "workspace": workspace_bytes + per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model),

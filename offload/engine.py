@@ -306,10 +306,10 @@ class Engine:
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._need_tokenizer().encode(prompt)
-        items = list(prompt)
-        if items and isinstance(items[0], Mapping):
-            return self._render(items)
         try:
+            items = list(prompt)
+            if items and isinstance(items[0], Mapping):
+                return self._render(items)
             return [int(item) for item in items]  # type: ignore[call-overload]
         except (TypeError, ValueError):
             raise UsageError("prompt: give a text, token ids, or chat messages") from None

@@ -41,7 +41,7 @@ from offload.tiers.files import LocalStorage, Storage
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.probe import measure_disk
 from offload.tiers.ram import Slab
-from offload.units import GIB, align_up
+from offload.units import GIB, MIB, align_up
 
 DEFAULT_CTX = 4096
 Progress = Callable[[str, int, int], None]
@@ -97,7 +97,8 @@ def plan_for(opened: Opened, config: LoadConfig, workspace_bytes: int) -> Plan:
         BudgetError: the budget is below what the model needs.
     """
     rates = machine_rates(opened)
-    base = psutil.Process().memory_info().rss
+    # rounded up, so that the minimum that an error names still holds when the process is a little larger next time
+    base = align_up(psutil.Process().memory_info().rss + 4 * MIB, 16 * MIB)
 
     def demand(budget: int | None) -> Demand:
         kv_bytes = GgmlBackend.kv_nbytes(opened.model, opened.ctx, config.kv_type)

@@ -108,8 +108,12 @@ class Plan:
 
 
 def minimum_budget(demand: Demand) -> int:
-    """The least number of bytes with which the model runs: everything streamed through the smallest ring."""
-    return sum(demand.fixed.values()) + _ring(demand, set(range(len(demand.blocks))), 0.0)
+    """The least number of bytes with which the model runs: everything streamed through the smallest ring.
+
+    A model so small that the ring would be larger than itself is pinned instead.
+    """
+    everything = sum(block.footprint for block in demand.blocks)
+    return sum(demand.fixed.values()) + min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
 
 
 def full_budget(demand: Demand) -> int:

@@ -1,0 +1,23 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.demo import demo_model
+
+from offload.machine import MachineProfile, host_fingerprint
+
+
+@pytest.fixture(scope="session")
+def demo() -> Path:
+    return demo_model()
+
+
+@pytest.fixture(autouse=True)
+def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans in tests follow these speeds: no probe runs, and nobody's cached profile is read."""
+    profile = MachineProfile(
+        host=host_fingerprint(), disk_bps=1e9, ram_bps=2e10, kernel_bps={"F32": 1e10, "Q4_1": 1e10},
+        measured_at="2026-01-01T00:00:00Z",
+    )  # fmt: skip
+    monkeypatch.setattr("offload.loader.load_machine", lambda: profile)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from offload.blocks import BlockKey, BlockSpec
+from offload.errors import BudgetError
+from offload.plan import Demand, full_budget, make_plan, minimum_budget
+from offload.units import MIB
+
+
+def demand(layers: int = 8, *, embedding: int = 0, disk_bps: float = 1e9) -> Demand:
+    sizes = (("q", 4), ("up", 12), ("down", 16))
+    blocks = tuple(
+        BlockSpec(key=BlockKey("weight", layer, f"blk.{layer}.{name}"), nbytes=size * MIB)
+        for layer in range(layers)
+        for name, size in sizes
+    )
+    stages = tuple(stage for layer in range(layers) for stage in ((3 * layer,), (3 * layer + 1, 3 * layer + 2)))
+    table = BlockSpec(key=BlockKey("weight", -1, "token_embd.weight"), nbytes=embedding) if embedding else None
+    fixed = {"base": 50 * MIB, "margin": 10 * MIB, "vectors": MIB, "kv": 5 * MIB, "workspace": 7 * MIB}
+    return Demand(
+        blocks=blocks, stages=stages, embedding=table, fixed=fixed, compute_s=0.05, disk_bps=disk_bps,
+        ctx=512, prefill_tokens_per_pass=512,
+    )  # fmt: skip
+
+
+@given(st.floats(0, 1), st.integers(1, 24))
+def test_any_budget_between_minimum_and_all_is_kept(share: float, layers: int) -> None:
+    need = demand(layers)
+    least, full = minimum_budget(need), full_budget(need)
+    budget = int(least + share * max(0, full - least))
+    plan = make_plan(need, budget)
+    assert plan.used_bytes <= budget
+    assert plan.pinned_bytes + plan.streamed_bytes == sum(block.footprint for block in need.blocks)
+
+
+@given(st.integers(1, 24))
+def test_the_minimum_works_and_a_byte_less_does_not(layers: int) -> None:
+    least = minimum_budget(demand(layers))
+    assert make_plan(demand(layers), least).used_bytes <= least
+    with pytest.raises(BudgetError) as caught:
+        make_plan(demand(layers), least - 1)
+    assert caught.value.minimum_bytes == least
+    assert str(least) in str(caught.value)
+
+
+@given(st.integers(0, 40))
+def test_more_memory_never_streams_more(step: int) -> None:
+    need = demand()
+    low = minimum_budget(need) + step * 4 * MIB
+    assert make_plan(need, low + 4 * MIB).streamed_bytes <= make_plan(need, low).streamed_bytes * 1.02
+
+
+def test_everything_is_pinned_when_it_fits() -> None:
+    plan = make_plan(demand(), full_budget(demand()))
+    assert (plan.streamed_bytes, plan.ring_bytes, plan.bound) == (0, 0, "compute")
+    assert plan.predicted_tps == pytest.approx(20)
+
+
+def test_the_prediction_is_the_slower_of_reading_and_computing() -> None:
+    need = demand(disk_bps=100 * MIB)
+    plan = make_plan(need, minimum_budget(need))
+    assert plan.bound == "disk"
+    assert plan.predicted_tps == pytest.approx(100 * MIB / plan.streamed_bytes)
+
+
+def test_the_token_table_is_pinned_last() -> None:
+    need = demand(embedding=20 * MIB)
+    full = full_budget(need)
+    assert make_plan(need, full).embedding_bytes == 20 * MIB
+    assert make_plan(need, full - 1).embedding_bytes == 0
+    assert make_plan(need, full - 1).streamed_bytes == 0
+
+
+def test_one_more_gib_is_a_plan_of_its_own() -> None:
+    need = demand(64, disk_bps=1e9)
+    plan = make_plan(need, minimum_budget(need))
+    assert plan.with_budget(plan.budget_bytes + 1024 * MIB).predicted_tps > plan.predicted_tps
+    assert plan.with_budget(plan.budget_bytes).predicted_tps == plan.predicted_tps
+
+
+def test_streamed_blocks_are_spread_over_the_pass() -> None:
+    need = replace(demand(32))
+    plan = make_plan(need, full_budget(need) - 100 * MIB)
+    layers = sorted(key.layer for key in plan.streamed)
+    assert max(b - a for a, b in pairwise(layers)) <= 6

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload.blocks import BlockKey, BlockSpec, Extent
+from offload.errors import Cancelled, StorageError
+from offload.prefetch.sequential import ring_capacity
+from offload.stream import BlockStream
+from offload.tiers.base import CancelToken, TransferHandle
+from offload.tiers.memory import FakeStorage
+from offload.tiers.nvme import NvmeReader
+from offload.tiers.ram import Slab
+from offload.tiers.wrapper import Fault, FaultyStorage
+
+FILE = Path("/model")
+CONTENT = bytes(range(256)) * 4096  # 1 MiB in which every window differs
+
+
+def blocks_of(sizes: list[int]) -> list[BlockSpec]:
+    made, offset = [], 77
+    for number, nbytes in enumerate(sizes):
+        extent = Extent(path=FILE, offset=offset, nbytes=nbytes)
+        made.append(BlockSpec(key=BlockKey("weight", number, f"b{number}"), nbytes=nbytes, extent=extent))
+        offset += nbytes
+    return made
+
+
+@pytest.fixture
+def reader() -> Iterator[NvmeReader]:
+    made = NvmeReader(FakeStorage({FILE: CONTENT}), [FILE], workers=2)
+    yield made
+    made.close()
+
+
+def bytes_at(slab: Slab, address: int, nbytes: int) -> bytes:
+    return bytes(slab.view(address - slab.address, nbytes))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 30_000), min_size=1, max_size=12), st.floats(0, 2))
+def test_every_block_arrives_whole_and_in_order_pass_after_pass(sizes: list[int], slack: float) -> None:
+    reader = NvmeReader(FakeStorage({FILE: CONTENT}), [FILE], workers=2)
+    blocks = blocks_of(sizes)
+    slab = Slab(ring_capacity([[block.footprint] for block in blocks], slack), huge_pages=False)
+    try:
+        stream = BlockStream(blocks, slab, reader)
+        for _ in range(3):
+            for block in blocks:
+                arrival = stream.acquire(block.key, None)
+                assert block.extent is not None
+                expected = CONTENT[block.extent.offset : block.extent.end]
+                assert bytes_at(slab, arrival.address, block.nbytes) == expected
+                stream.release(1)
+    finally:
+        reader.close()
+        slab.close()
+
+
+def test_reading_goes_on_into_the_next_pass(reader: NvmeReader) -> None:
+    blocks = blocks_of([8000, 8000])
+    slab = Slab(64 * 1024, huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
+    for block in blocks:
+        stream.acquire(block.key, None)
+        stream.release(1)
+    reader.drain()
+    assert stream.acquire(blocks[0].key, None).was_ready
+    slab.close()
+
+
+def test_a_cancelled_wait_ends_and_the_stream_begins_anew(reader: NvmeReader) -> None:
+    blocks = blocks_of([8000, 9000, 10000])
+    slab = Slab(64 * 1024, huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
+    stream.acquire(blocks[0].key, None)
+    cancel = CancelToken()
+    cancel.cancel()
+    reader.drain()
+    stall(stream)
+    with pytest.raises(Cancelled):
+        stream.acquire(blocks[1].key, cancel)
+    stream.restart()
+    arrival = stream.acquire(blocks[0].key, None)
+    assert bytes_at(slab, arrival.address, 8000) == CONTENT[77 : 77 + 8000]
+    slab.close()
+
+
+def stall(stream: BlockStream) -> None:
+    """The next handle never ends, so that only the cancel token can end the wait."""
+    stream._ahead[0] = stream._ahead[0]._replace(handle=TransferHandle(pieces=1, nbytes=1))
+
+
+def test_a_failed_read_is_raised_where_its_block_is_asked_for() -> None:
+    storage = FaultyStorage(FakeStorage({FILE: CONTENT}), [Fault(at=2, kind="eio")])
+    reader = NvmeReader(storage, [FILE], workers=1)
+    blocks = blocks_of([8000, 8000])
+    slab = Slab(64 * 1024, huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
+    stream.acquire(blocks[0].key, None)
+    with pytest.raises(StorageError):
+        stream.acquire(blocks[1].key, None)
+    stream.restart()
+    assert stream.acquire(blocks[0].key, None).address
+    reader.close()
+    slab.close()
