@@ -1,4 +1,4 @@
-"""`offload inspect`: what a model file or folder holds, read from its headers alone. Runs nothing that it contains."""
+"""`offload inspect`: what a model file or folder holds, read from its headers. Code that a folder brings is never run."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from offload.cli.inspect_text import describe_text
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, ModelArgument
 from offload.cli.text import printable
@@ -40,7 +41,6 @@ def inspect(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The facts as a JSON object."""
-    template = chat_template(checkpoint)
     return {
         "path": str(checkpoint.path),
         "format": checkpoint.format,
@@ -51,9 +51,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "context_length": _first(checkpoint, f"{checkpoint.architecture}.context_length", "max_position_embeddings"),
         "elements": element_histogram(checkpoint),
-        "tokenizer": tokenizer_kind(checkpoint),
-        "chat_template": template is not None,
-        "chat_template_characters": len(template or ""),
+        **describe_text(checkpoint),
         "remote_code": asks_for_code(checkpoint),
         "files": [{"path": str(path), "bytes": path.stat().st_size} for path in checkpoint.files],
         "fingerprint": checkpoint.fingerprint,
@@ -67,39 +65,6 @@ def element_histogram(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
         counts = found.setdefault(tensor.element.name, Counter())
         counts.update(tensors=1, parameters=tensor.num_elements, bytes=tensor.extent.nbytes)
     return {name: dict(counts) for name, counts in sorted(found.items(), key=lambda item: -item[1]["bytes"])}
-
-
-def tokenizer_kind(checkpoint: Checkpoint) -> str | None:
-    """`tokenizer.ggml.model` of a GGUF, the file of a folder, or None."""
-    if checkpoint.format == "gguf":
-        kind = checkpoint.metadata.get("tokenizer.ggml.model")
-        return str(kind) if kind is not None else None
-    names = ("tokenizer.json", "tokenizer.model")
-    return next((name for name in names if (checkpoint.path / name).is_file()), None)
-
-
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """Source of the chat template, or None. It is shown, never run here."""
-    if checkpoint.format == "gguf":
-        template = checkpoint.metadata.get("tokenizer.chat_template")
-        return template if isinstance(template, str) else None
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        path = checkpoint.path / name
-        if path.is_file():
-            text = path.read_text(encoding="utf-8", errors="replace")
-            found = text if name.endswith("jinja") else _template_of(text)
-            if found is not None:
-                return found
-    return None
-
-
-def _template_of(text: str) -> str | None:
-    try:
-        config = json.loads(text)
-    except (ValueError, RecursionError):
-        return None  # a broken tokenizer_config is the tokenizer's to report; here it only means: no template seen
-    template = config.get("chat_template") if isinstance(config, dict) else None
-    return template if isinstance(template, str) else None
 
 
 def asks_for_code(checkpoint: Checkpoint) -> bool:
@@ -146,13 +111,26 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, object]]:
     yield "context", facts["context_length"] or "not stated"
     for element, counts in facts["elements"].items():
         yield f"  {element}", f"{counts['tensors']} tensors, {format_size(counts['bytes'])}"
-    yield "tokenizer", facts["tokenizer"] or "none: token ids only"
-    characters = facts["chat_template_characters"]
-    yield "chat template", f"{characters} characters, run in a sandbox" if facts["chat_template"] else "none"
+    yield "tokenizer", _tokenizer_line(facts)
+    yield "chat template", _template_line(facts)
     yield "license", facts["license"] or "not stated"
     yield "remote code", "asked for, and never run" if facts["remote_code"] else "none"
     for file in facts["files"]:
         yield "file", f"{file['path']} ({format_size(file['bytes'])})"
+
+
+def _tokenizer_line(facts: dict[str, Any]) -> str:
+    if facts["tokenizer_error"] is not None:
+        return f"unusable: {facts['tokenizer_error']}"
+    return f"{facts['tokenizer']}, {facts['vocab_size']} tokens" if facts["tokenizer"] else "none: token ids only"
+
+
+def _template_line(facts: dict[str, Any]) -> str:
+    if not facts["chat_template"]:
+        return "none"
+    if facts["chat_template_error"] is not None:
+        return f"refused by the sandbox: {facts['chat_template_error']}"
+    return f"{facts['chat_template_characters']} characters, works in the sandbox"
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> Table:

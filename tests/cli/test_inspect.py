@@ -3,6 +3,8 @@ from pathlib import Path
 
 import pytest
 from support.headers import safetensors
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 TEMPLATE = "{% for m in messages %}{{ m.content }}{% endfor %}"
 
@@ -15,7 +17,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "config.json").write_text(json.dumps(config))
     header = {"model.norm.weight": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}
     (root / "model.safetensors").write_bytes(safetensors(header, bytes(16)))
-    (root / "tokenizer.json").write_text("{}")
+    Tokenizer(WordLevel({"hello": 0, "world": 1}, unk_token="hello")).save(str(root / "tokenizer.json"))
     (root / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     (root / "evil.py").write_text("raise SystemExit('remote code ran')")
     return root
@@ -27,6 +29,7 @@ def test_a_folder_is_described_and_its_code_never_run(invoke, folder):
     assert found["elements"] == {"F32": {"tensors": 1, "parameters": 4, "bytes": 16}}
     assert (found["tokenizer"], found["context_length"], found["license"]) == ("tokenizer.json", 512, None)
     assert found["remote_code"] is True and found["chat_template"] is True
+    assert found["vocab_size"] == 2 and found["chat_template_error"] is None
     assert found["files"][0]["path"].endswith("model.safetensors") and "tensors" not in found
     text = invoke("inspect", folder).stdout
     assert "asked for, and never run" in text
@@ -39,10 +42,20 @@ def test_tensors_are_listed_when_asked_for(invoke, folder):
     assert "norm" in invoke("inspect", folder, "--tensors").stdout
 
 
-@pytest.mark.parametrize("content", ["{", "[" * 100_000, "[]", '{"chat_template": 7}'])
-def test_a_broken_tokenizer_config_only_means_no_template(invoke, folder, content):
-    (folder / "tokenizer_config.json").write_text(content)
-    assert json.loads(invoke("inspect", folder, "--json").stdout)["chat_template"] is False
+def test_a_broken_tokenizer_is_a_finding(invoke, folder):
+    (folder / "tokenizer.json").write_text("[" * 100_000)
+    result = invoke("inspect", folder, "--json")
+    found = json.loads(result.stdout)
+    assert result.exit_code == 0 and found["tokenizer_error"] and found["chat_template"] is False
+    assert "unusable" in invoke("inspect", folder).stdout
+
+
+def test_a_template_that_burns_time_is_a_finding(invoke, folder):
+    endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": endless}))
+    found = json.loads(invoke("inspect", folder, "--json").stdout)
+    assert found["chat_template"] and found["chat_template_error"]
+    assert "refused by the sandbox" in invoke("inspect", folder).stdout
 
 
 def test_names_of_a_hostile_file_reach_no_terminal(invoke, folder):
@@ -53,13 +66,13 @@ def test_names_of_a_hostile_file_reach_no_terminal(invoke, folder):
 
 
 def test_the_demo_model_is_the_default(invoke):
-    pytest.importorskip("gguf")
     result = invoke("inspect", "--json")
     if "demo model is not installed" in result.stderr:
         pytest.skip("the demo extra is not installed")
     found = json.loads(result.stdout)
     assert (found["format"], found["architecture"], found["tokenizer"]) == ("gguf", "llama", "gpt2")
     assert found["parameters"] == 134_515_008 and list(found["elements"]) == ["Q4_1", "Q8_0", "F32"]
+    assert found["chat_template_error"] is None and found["vocab_size"] == 49_152
     assert found["chat_template"] and found["license"] == "apache-2.0" and not found["remote_code"]
 
 

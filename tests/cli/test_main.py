@@ -1,5 +1,6 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from importlib import import_module
@@ -91,3 +92,19 @@ def test_a_closed_pipe_is_quiet(model):
         process.stdout.close()
         assert process.stderr.read() == b""
         assert process.wait(timeout=20) == 1
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+def test_ctrl_c_ends_run_with_130_and_no_traceback(model):
+    script = (
+        f"import sys; sys.path.insert(0, {TESTS!r}); from support.fake_engine import FakeEngine, FakeEngineModule\n"
+        "sys.modules['offload.engine'] = FakeEngineModule(FakeEngine('word ' * 1000, token_s=0.02))\n"
+        "from offload.cli.main import main; main()"
+    )
+    arguments = [sys.executable, "-c", script, "run", str(model), "-p", "x"]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.read(4) == b"word"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+        assert b"Traceback" not in process.stderr.read()
