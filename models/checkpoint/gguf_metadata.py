@@ -134,9 +134,12 @@ class _Value:
     def _numbers(self, layout: Struct, count: int) -> tuple[Any, ...] | array[Any]:
         short = count <= _MAX_TUPLE
         self._purse.spend(count * (_NUMBER_COST if short else layout.size), self._what)
-        data = self._reader.take(count * layout.size, self._what)
-        values: array[Any] = array(layout.format[-1], data)
+        values: array[Any] = array(layout.format[-1])
         assert values.itemsize == layout.size
+        start = self._reader.position
+        self._reader.skip(count * layout.size, self._what)
+        with memoryview(self._reader.buffer) as view:
+            values.frombytes(view[start : self._reader.position])
         if sys.byteorder == "big":
             values.byteswap()
         return tuple(values) if short else values
@@ -159,5 +162,5 @@ class _Value:
                 raise reader.error(f"{self._what}[{index}]: string of {length} bytes, {size - start} left; {DAMAGED}")
             starts.append(start)
         starts.append(position + PREFIX_BYTES)
-        reader.take(position - reader.position, self._what)
+        reader.skip(position - reader.position, self._what)
         return PackedStrings(buffer, starts)

@@ -125,11 +125,17 @@ class HeaderReader:
             raise StorageError(message, path=str(self.path), offset=offset)
         self.buffer += piece
 
+    def skip(self, nbytes: int, what: str) -> None:
+        """Move past the next `nbytes` bytes; they stay in `buffer`."""
+        self.require(nbytes, what)
+        self.position += nbytes
+
     def take(self, nbytes: int, what: str) -> bytes:
         """The next `nbytes` bytes."""
-        self.require(nbytes, what)
-        start, self.position = self.position, self.position + nbytes
-        return bytes(self.buffer[start : self.position])
+        start = self.position
+        self.skip(nbytes, what)
+        with memoryview(self.buffer) as view:  # slicing the buffer itself would copy twice
+            return bytes(view[start : self.position])
 
     def unpack(self, layout: Struct, what: str) -> tuple[Any, ...]:
         """The next `layout.size` bytes as the values of `layout`."""
@@ -138,4 +144,6 @@ class HeaderReader:
     def finish(self) -> bytes:
         """Drop what was read past `position`. Returns the digest of the header and the file's size."""
         del self.buffer[self.position :]
-        return sha256(self.buffer + self.size.to_bytes(8, "little")).digest()
+        digest = sha256(self.buffer)
+        digest.update(self.size.to_bytes(8, "little"))
+        return digest.digest()
