@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import FAMILIES, LINEAR_SCALING, LLAMA3_SCALING, VOCAB, YARN_SCALING, longrope_scaling
-from support.gguf_checkpoints import gguf_checkpoint
+from support.gguf_checkpoints import SIZES_FOR_K_QUANTS, gguf_checkpoint
 from support.running import PlainRunner, relative_error
 
 from offload.models.checkpoint import open_checkpoint
@@ -67,3 +67,9 @@ def test_variant_agrees_with_llama_cpp(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("element", ["F16", "BF16"])
 def test_halves_agree_with_llama_cpp(element: str, tmp_path: Path) -> None:
     check(gguf_checkpoint("llama", tmp_path, element), 2e-2)  # llama.cpp rounds activations to the weights' type
+
+
+@pytest.mark.parametrize("element", ["Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "MXFP4"])
+def test_quantized_files_agree_with_llama_cpp(element: str, tmp_path: Path) -> None:
+    """Loosely: llama.cpp rounds activations to eight bits before a quantized matrix."""
+    check(gguf_checkpoint("llama", tmp_path, element, num_hidden_layers=1, **SIZES_FOR_K_QUANTS), 5e-2)

@@ -1,0 +1,151 @@
+"""Each operation of the torch backend against its definition, written out one number at a time in float64."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from offload.kernels.ops import Attention, Rope
+from offload.kernels.torch.cache import TorchCache
+from offload.kernels.torch.ops import TorchOps
+
+TOKENS, HEADS, KV_HEADS, DIM = 5, 4, 2, 8
+GENERATOR = torch.Generator().manual_seed(3)
+WEIGHTS = {
+    "matrix": torch.randn(6, DIM, generator=GENERATOR),
+    "bias": torch.randn(6, generator=GENERATOR),
+    "norm": torch.randn(DIM, generator=GENERATOR),
+    "factors": torch.rand(DIM // 2, generator=GENERATOR) + 0.5,
+}
+
+
+def random(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=GENERATOR)
+
+
+def new_cache(dtype: torch.dtype = torch.float32) -> TorchCache:
+    return TorchCache(2, 32, KV_HEADS, DIM, dtype, torch.device("cpu"))
+
+
+def new_ops(start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> TorchOps:
+    positions = torch.arange(start, start + num_tokens)
+    return TorchOps(WEIGHTS.__getitem__, cache or new_cache(), positions, torch.tensor([3, 1]))
+
+
+def test_linear() -> None:
+    x = random(TOKENS, DIM)
+    expected = torch.stack([WEIGHTS["matrix"] @ row for row in x])
+    torch.testing.assert_close(new_ops().linear(x, "matrix"), expected)
+    torch.testing.assert_close(new_ops().linear(x, "matrix", "bias"), expected + WEIGHTS["bias"])
+
+
+def test_rms_norm_of_any_rank() -> None:
+    x = random(TOKENS, HEADS, DIM)
+    root = torch.tensor([[math.sqrt(sum(float(v) ** 2 for v in head) / DIM + 0.25) for head in token] for token in x])
+    plain = x / root.unsqueeze(-1)
+    torch.testing.assert_close(new_ops().rms_norm(x, None, 0.25), plain)
+    torch.testing.assert_close(new_ops().rms_norm(x, "norm", 0.25), plain * WEIGHTS["norm"])
+
+
+def test_elementwise_and_shapes() -> None:
+    ops, a, b = new_ops(), random(TOKENS, DIM), random(TOKENS, DIM)
+    assert torch.equal(ops.add(a, b), a + b)
+    assert torch.equal(ops.scale(a, 0.5), a / 2)
+    torch.testing.assert_close(ops.softcap(a, 2.0), torch.tensor([[2 * math.tanh(v / 2) for v in row] for row in a]))
+    first, second = ops.split(a, [3, 5])
+    assert torch.equal(first, a[:, :3]) and torch.equal(second, a[:, 3:])
+    assert torch.equal(ops.heads(a, 4)[2, 1], a[2, 2:4])
+    assert torch.equal(ops.output_rows(a), a[[3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("silu", lambda v: v / (1 + math.exp(-v))),
+        ("gelu", lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2),
+        ("gelu_tanh", lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2),
+    ],
+)
+def test_glu(name, activation) -> None:
+    gate, up = random(TOKENS, DIM), random(TOKENS, DIM)
+    expected = torch.tensor([[activation(float(v)) for v in row] for row in gate]) * up
+    torch.testing.assert_close(new_ops().glu(gate, up, name), expected)
+
+
+ROPES = {
+    "halves": Rope(dims=DIM, theta=100.0),
+    "neighbours": Rope(dims=DIM, theta=100.0, interleaved=True),
+    "partial": Rope(dims=6, theta=100.0),
+    "partial-neighbours": Rope(dims=4, theta=100.0, interleaved=True),
+    "linear": Rope(dims=DIM, theta=100.0, frequency_scale=0.25),
+    "factors": Rope(dims=DIM, theta=100.0, factors="factors"),
+    "magnitude": Rope(dims=DIM, theta=100.0, factors="factors", magnitude=1.5, interleaved=True),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope(name: str) -> None:
+    rope, start = ROPES[name], 7
+    x = random(TOKENS, HEADS, DIM)
+    expected = x.clone()
+    for token in range(TOKENS):
+        for pair in range(rope.dims // 2):
+            first, second = (2 * pair, 2 * pair + 1) if rope.interleaved else (pair, pair + rope.dims // 2)
+            divisor = 1.0 if rope.factors is None else float(WEIGHTS["factors"][pair])
+            angle = (start + token) * rope.frequency_scale * rope.theta ** (-2 * pair / rope.dims) / divisor
+            turned = (x[token, :, first] + 1j * x[token, :, second]) * complex(math.cos(angle), math.sin(angle))
+            expected[token, :, first], expected[token, :, second] = turned.real, turned.imag
+            expected[token, :, [first, second]] *= rope.magnitude
+    torch.testing.assert_close(new_ops(start).rope(x, rope), expected, atol=1e-5, rtol=1e-5)
+
+
+def naive_attention(query, keys, values, start: int, attention: Attention) -> torch.Tensor:
+    """Loops over queries, heads and visible keys."""
+    out = torch.zeros(query.shape[0], HEADS, DIM, dtype=torch.float64)
+    for token in range(query.shape[0]):
+        position = start + token
+        lowest = 0 if attention.window is None else max(0, position - attention.window + 1)
+        for head in range(HEADS):
+            group = head // (HEADS // KV_HEADS)
+            seen = range(lowest, position + 1)
+            scores = [float(query[token, head] @ keys[k, group]) * attention.scale for k in seen]
+            if attention.softcap is not None:
+                scores = [attention.softcap * math.tanh(score / attention.softcap) for score in scores]
+            weights = [math.exp(score - max(scores)) for score in scores]
+            for k, weight in zip(seen, weights, strict=True):
+                out[token, head] += values[k, group].double() * weight / sum(weights)
+    return out.flatten(1).float()
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("softcap", [None, 0.7])
+def test_attention_over_cache_and_batch(window: int | None, softcap: float | None) -> None:
+    """Three batches, the middle one a single token: each sees what the earlier ones stored."""
+    attention = Attention(layer=1, scale=0.4, window=window, softcap=softcap)
+    cache, length = new_cache(), 11
+    query, keys, values = random(length, HEADS, DIM), random(length, KV_HEADS, DIM), random(length, KV_HEADS, DIM)
+    for start, stop in ((0, 5), (5, 6), (6, 11)):
+        ops, rows = new_ops(start, stop - start, cache), slice(start, stop)
+        mixed = ops.attention(query[rows], keys[rows], values[rows], attention)
+        expected = naive_attention(query[rows], keys, values, start, attention)
+        torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_layers_do_not_share_their_past() -> None:
+    cache = new_cache()
+    key, value = random(TOKENS, KV_HEADS, DIM), random(TOKENS, KV_HEADS, DIM)
+    new_ops(cache=cache).attention(random(TOKENS, HEADS, DIM), key, value, Attention(layer=0, scale=1.0))
+    assert torch.equal(cache.load(0, TOKENS)[0], key)
+    assert torch.equal(cache.load(1, TOKENS)[1], torch.zeros_like(value))
+
+
+def test_cache_rounds_to_its_type() -> None:
+    cache = new_cache(torch.float16)
+    key, value = random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM)
+    cache.store(0, torch.tensor([4, 2]), key, value)
+    keys, values = cache.load(0, 5)
+    assert keys.dtype == torch.float32 and keys.shape == (5, KV_HEADS, DIM)
+    assert torch.equal(keys[[4, 2]], key.half().float()) and torch.equal(values[[4, 2]], value.half().float())
+    assert cache.nbytes == 2 * 2 * 32 * KV_HEADS * DIM * 2
