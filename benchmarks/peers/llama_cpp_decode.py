@@ -1,0 +1,66 @@
+"""llama.cpp as it comes: mmap, flash attention, greedy. Prints one line of JSON.
+
+python benchmarks/peers/llama_cpp_decode.py model.gguf --prompt-tokens 32 --tokens 16
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import llama_cpp
+import numpy as np
+from common import arguments, prompt, report, timed
+
+
+def decode(model: llama_cpp.Llama, tokens: list[int]) -> int:
+    """Runs `tokens` and returns the most probable next one."""
+    ids = (llama_cpp.llama_token * len(tokens))(*tokens)
+    status = llama_cpp.llama_decode(model.ctx, llama_cpp.llama_batch_get_one(ids, len(tokens)))
+    assert status == 0, status
+    address = ctypes.cast(llama_cpp.llama_get_logits_ith(model.ctx, -1), ctypes.POINTER(ctypes.c_float))
+    logits = np.ctypeslib.as_array(address, (model.n_vocab(),))
+    assert np.isfinite(logits).all()
+    return int(logits.argmax())
+
+
+def prefill(model: llama_cpp.Llama, tokens: list[int]) -> int:
+    """The prompt in batches of 512."""
+    batches = [tokens[start : start + 512] for start in range(0, len(tokens), 512)]
+    return [decode(model, batch) for batch in batches][-1]
+
+
+def generate(model: llama_cpp.Llama, first: int, count: int) -> list[int]:
+    """`count` passes after the token that prefill chose."""
+    tokens = [first]
+    for _ in range(count):
+        tokens.append(decode(model, tokens[-1:]))
+    return tokens
+
+
+def main() -> None:
+    options = arguments(__doc__)
+    load_s, model = timed(
+        lambda: llama_cpp.Llama(
+            str(options.model),
+            n_ctx=options.ctx,
+            n_batch=512,
+            n_ubatch=512,
+            n_threads=options.threads,
+            n_threads_batch=options.threads,
+            flash_attn=True,
+            verbose=False,
+        )
+    )
+    prefill_s, first = timed(lambda: prefill(model, prompt(options, model.n_vocab())))
+    decode_s, tokens = timed(lambda: generate(model, first, options.tokens))
+    report(
+        "llama.cpp",
+        load_s=load_s,
+        prefill_tps=options.prompt_tokens / prefill_s,
+        decode_tps=options.tokens / decode_s,
+        tokens=tokens,
+    )
+
+
+if __name__ == "__main__":
+    main()
