@@ -1,76 +1,24 @@
 """The chat on a real terminal: a pseudo-terminal, and a screen that obeys its escape sequences."""
 
-import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import pyte
 import pytest
 
-pexpect = pytest.importorskip("pexpect")
-ROOT = Path(__file__).parents[2]
-COLUMNS, ROWS = 60, 24
-CTRL_C, CTRL_D = "\x03", "\x04"
+pytest.importorskip("pexpect")
+from support.terminal import CTRL_C, CTRL_D, ROOT, Terminal
 
-
-class Terminal:
-    """What a person would see of a program."""
-
-    def __init__(self, *arguments: str, home: Path) -> None:
-        environment = os.environ | {
-            "TERM": "xterm-256color",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-            "XDG_STATE_HOME": str(home),
-            "XDG_DATA_HOME": str(home),
-            "PROMPT_TOOLKIT_NO_CPR": "1",
-        }
-        self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000)
-        self._stream = pyte.ByteStream(self.screen)
-        self.raw = b""
-        command = [str(ROOT / "tests" / "support" / "fake_chat.py"), *arguments]
-        self.process = pexpect.spawn(sys.executable, command, env=environment, dimensions=(ROWS, COLUMNS), timeout=20)
-
-    def text(self) -> str:
-        """History and screen, lines without their trailing blanks."""
-        above = ["".join(line[column].data for column in range(COLUMNS)) for line in self.screen.history.top]
-        return "\n".join(line.rstrip() for line in [*above, *self.screen.display])
-
-    def wait_for(self, words: str, seconds: float = 20.0) -> str:
-        deadline = time.monotonic() + seconds
-        while words not in self.text():
-            assert time.monotonic() < deadline, f"{words!r} never came:\n{self.text()}"
-            self._pump()
-        return self.text()
-
-    def type(self, keys: str) -> None:
-        self.process.send(keys)
-
-    def leave(self) -> int:
-        """Feed the rest of the output and return the exit code."""
-        deadline = time.monotonic() + 20
-        while self.process.isalive() and time.monotonic() < deadline:
-            self._pump()
-        self._pump()
-        self.process.close()
-        return int(self.process.exitstatus)
-
-    def _pump(self) -> None:
-        try:
-            data = self.process.read_nonblocking(65536, timeout=0.05)
-        except (pexpect.TIMEOUT, pexpect.EOF):
-            return
-        self.raw += data
-        self._stream.feed(data)
+PROGRAM = str(ROOT / "tests" / "support" / "fake_chat.py")
 
 
 @pytest.fixture
-def terminal(tmp_path: Path) -> Iterator[object]:
+def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
     opened: list[Terminal] = []
 
     def start(answer: str = "Paris is the capital.", token_s: float = 0.0, failure: str = "") -> Terminal:
-        opened.append(Terminal(answer, str(token_s), failure, home=tmp_path))
+        opened.append(Terminal(sys.executable, PROGRAM, answer, str(token_s), failure, home=tmp_path))
         opened[-1].wait_for(">>>")
         return opened[-1]
 
@@ -193,3 +141,9 @@ def test_a_failed_save_is_one_line_and_the_chat_goes_on(terminal):
     screen.wait_for("error: cannot save the chat")
     screen.type("/bye\r")
     assert screen.leave() == 0
+
+
+def test_an_engine_that_closed_ends_the_chat(terminal):
+    screen = terminal(failure="closed")
+    screen.type("hi\r")
+    assert screen.leave() == 1 and "offload: error: the engine is closed" in screen.text()

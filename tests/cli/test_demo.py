@@ -61,3 +61,22 @@ def test_torch_stays_out_of_a_run_on_the_cpu():
         "import sys; from offload.cli.main import app; app(standalone_mode=False); assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script, "run", "-p", "hi", "-n", "1"], check=True, capture_output=True)
+
+
+@pytest.mark.skipif(find_spec("pexpect") is None, reason="needs a pseudo-terminal")
+def test_ctrl_c_stops_a_real_answer_and_the_chat_goes_on(tmp_path):
+    from support.terminal import CTRL_C, CTRL_D, Terminal
+
+    script = "from offload.cli.main import main; main()"
+    screen = Terminal(sys.executable, "-c", script, "chat", "--temp", "0", "--ctx", "1024", home=tmp_path)
+    screen.wait_for(">>>", seconds=60)
+    screen.type("Write a very long story about the sea.\r")
+    screen.wait_for("tok/s", seconds=60)
+    screen.type(CTRL_C)
+    screen.wait_for("(stopped)")
+    screen.type("/set max_tokens 4\r")
+    screen.wait_for("max_tokens = 4")
+    screen.type("/regen\r")
+    screen.wait_for("(cut", seconds=60)
+    screen.type(CTRL_D)
+    assert screen.leave() == 0

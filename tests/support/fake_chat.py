@@ -7,14 +7,17 @@ from support.fake_engine import FakeEngine
 from offload.cli.chat import run_chat
 from offload.cli.chat_input import is_interactive
 from offload.cli.chat_state import Conversation
-from offload.errors import ContextError, StorageError
+from offload.errors import ClosedError, ContextError
 
 if __name__ == "__main__":
     answer, token_s, failure = sys.argv[1:]
     failures = {
         "context": ContextError("prompt has 9000 tokens, ctx is 4096", needed_tokens=9000, available_tokens=4096),
-        "disk": StorageError("model.gguf at 4096: read 5 bytes of 10"),
+        "closed": ClosedError("the engine is closed; load it again"),
     }
     engine = FakeEngine(answer, token_s=float(token_s), failure=failures.get(failure), failure_at=2)
-    run_chat(engine, Conversation(), interactive=is_interactive())  # type: ignore[arg-type]
+    try:
+        run_chat(engine, Conversation(), interactive=is_interactive())  # type: ignore[arg-type]
+    except ClosedError as error:
+        sys.exit(f"offload: error: {error}")
     print(f"asked {[prompt[-1]['content'] for prompt in engine.prompts]}")
