@@ -38,6 +38,7 @@ class LimitedRun:
         exit_code: negative for a signal; -9 with `oom_kills` is the kernel's doing.
         peak_bytes: the kernel's own high-water mark, page cache included.
         peak_cache_bytes, peak_anonymous_bytes: highest of samples taken every 20 ms.
+        limit_hits: how often the group reached its limit and the kernel had to reclaim.
     """
 
     exit_code: int
@@ -49,6 +50,7 @@ class LimitedRun:
     peak_cache_bytes: int
     peak_anonymous_bytes: int
     oom_kills: int
+    limit_hits: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,13 @@ class Group:
             peak_cache_bytes=self._peaks.get(self.interface.cache, 0),
             peak_anonymous_bytes=self._peaks.get(self.interface.anonymous, 0),
             oom_kills=_table(self.folder / self.interface.events).get("oom_kill", 0),
+            limit_hits=self._limit_hits(),
         )
+
+    def _limit_hits(self) -> int:
+        if self.interface is _V1:
+            return int((self.folder / "memory.failcnt").read_text(encoding="ascii"))
+        return _table(self.folder / self.interface.events).get("max", 0)
 
     def kill(self) -> None:
         """Ends every process of the group."""
