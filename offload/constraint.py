@@ -97,11 +97,11 @@ class ConstraintCompiler:
         """
         if (json_schema is None) == (grammar is None):
             raise UsageError("json_schema and grammar: give one of the two")
-        name, source = ("json_schema", json_schema) if grammar is None else ("grammar", grammar)
-        assert source is not None
+        name, source = ("grammar", grammar) if grammar is not None else ("json_schema", json_schema or "")
         _check_size(name, source)
         try:
-            compiled = self._library.grammar_from(name, source)
+            is_grammar = grammar is not None
+            compiled = self._library.grammar_from("grammar" if is_grammar else "json_schema", source)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{name}: {_one_line(str(error))}") from None
         matcher = self._library.LLMatcher(self._tokenizer, compiled, log_level=0)

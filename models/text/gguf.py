@@ -39,11 +39,11 @@ class GGUFTokenizer:
         self.vocab: Any = llama.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama.llama_vocab_n_tokens(self.vocab))
         bos = int(llama.llama_vocab_bos(self.vocab))
-        self.bos_token = bos if bos >= 0 else None
+        self.bos_token: int | None = bos if bos >= 0 else None
         self.eos_tokens = frozenset(t for t in range(self.vocab_size) if llama.llama_vocab_is_eog(self.vocab, t))
         template = metadata.get("tokenizer.chat_template")
-        self.template = template if isinstance(template, str) and template.strip() else None
-        self.special_strings = _special_strings(metadata, tokens)
+        self.template: str | None = template if isinstance(template, str) and template.strip() else None
+        self.special_strings: Mapping[str, str] = _special_strings(metadata, tokens)
         self._piece = ctypes.create_string_buffer(256)
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:

@@ -48,12 +48,16 @@ class HuggingFaceTokenizer:
         self.vocab_size = max([self._library.get_vocab_size(), *(token + 1 for token in self._added)])
         self._kind = _piece_kind(folder, self._library)
         settings = _read_json(folder / "tokenizer_config.json")
-        self.special_strings = _special_strings(_read_json(folder / "special_tokens_map.json"), settings)
-        self.bos_token = self._id(self.special_strings.get("bos_token"))
+        self.special_strings: Mapping[str, str] = _special_strings(
+            _read_json(folder / "special_tokens_map.json"), settings
+        )
+        self.bos_token: int | None = self._id(self.special_strings.get("bos_token"))
         ends = {*_end_ids(config), *_end_ids(_read_json(folder / "generation_config.json"))}
         ends.add(-1 if (eos := self._id(self.special_strings.get("eos_token"))) is None else eos)
         self.eos_tokens = frozenset(token for token in ends if 0 <= token < self.vocab_size)
-        self.template = _read_template(folder / "chat_template.jinja") or _template_of(settings.get("chat_template"))
+        self.template: str | None = _read_template(folder / "chat_template.jinja") or _template_of(
+            settings.get("chat_template")
+        )
 
     def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
         clean = text.encode("utf-8", errors="replace")

@@ -10,7 +10,7 @@ Knows nothing of models and imports nothing of the package.
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import json
 import sys
 from typing import Any
@@ -19,7 +19,7 @@ CPU_S = 0.5
 
 
 def give_up_rights(limit_bytes: int) -> None:
-    """Let the kernel end this process when it wants too much. Where the system has no such limits, fuel and time-out remain."""
+    """Let the kernel end this process when it wants too much; without such limits, fuel and time-out remain."""
     try:
         import resource
         import signal
@@ -48,9 +48,14 @@ def to_json(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
 
 
+def is_iterable(value: object) -> bool:
+    """`is iterable`. minijinja calls None iterable, Jinja does not, and templates ask before they count `tools`."""
+    return isinstance(value, str | list | tuple | dict)
+
+
 def format_now(pattern: str) -> str:
     """`strftime_now` of the templates: local time."""
-    return datetime.datetime.now().strftime(pattern)
+    return dt.datetime.now().strftime(pattern)
 
 
 def render(request: dict[str, Any]) -> dict[str, str]:
@@ -59,6 +64,7 @@ def render(request: dict[str, Any]) -> dict[str, str]:
 
     environment = minijinja.Environment(fuel=request["fuel"], trim_blocks=True, lstrip_blocks=True, debug=False)
     environment.add_filter("tojson", to_json)
+    environment.add_test("iterable", is_iterable)
     environment.add_global("raise_exception", refuse)
     environment.add_global("strftime_now", format_now)
     try:
