@@ -38,6 +38,18 @@ def test_holds_back_only_what_may_become_a_stop_string(chunks: list[str], stops:
         assert stopped or not held or any(stop.startswith(held) for stop in stops)
 
 
+@given(letters, stop_strings)
+def test_one_character_at_a_time(text: str, stops: list[str]) -> None:
+    matcher = StopMatcher(stops)
+    shown = "".join(matcher.push(character)[0] for character in text) + matcher.flush()
+    assert shown == reference(text, stops)[0]
+
+
+def test_all_but_the_last_character_of_a_stop_string_is_held_back() -> None:
+    matcher = StopMatcher(["ab"])
+    assert [matcher.push(character) for character in "aab"] == [("", False), ("a", False), ("", True)]
+
+
 def test_a_stop_string_across_chunks_is_not_shown() -> None:
     matcher = StopMatcher(["\n\nUser:"])
     assert matcher.push("the end\n") == ("the end", False)

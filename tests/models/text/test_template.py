@@ -277,7 +277,7 @@ def test_parity_with_transformers(name: str, index: int) -> None:
 )
 def test_a_hostile_template_ends_in_one_line_within_a_second(template: str) -> None:
     begin = time.perf_counter()
-    with pytest.raises(UsageError, match="^chat template: [^\n]*$"):
+    with pytest.raises(UsageError, match=r"^chat template: [^\n]*$"):
         render(template, [said("user", "hi")])
     assert time.perf_counter() - begin < 2  # half a second of computing; the rest is for a busy machine
 
@@ -287,7 +287,7 @@ def test_attributes_of_python_do_not_exist() -> None:
 
 
 def test_a_refusal_is_in_the_words_of_the_template() -> None:
-    with pytest.raises(UsageError, match="^chat template: roles must alternate$"):
+    with pytest.raises(UsageError, match=r"^chat template: roles must alternate$"):
         render("{{ raise_exception('roles must\nalternate') }}", [])
 
 
