@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import isfinite
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeGuard
 
 from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation
@@ -40,6 +39,8 @@ _ACTIVATIONS: Final[dict[str, Activation]] = {
     "gelu_pytorch_tanh": "gelu_tanh",
 }
 _LARGEST_COUNT: Final = 2**31 - 1
+_SMALLEST: Final = 1e-30
+_LARGEST: Final = 1e30
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,14 +80,14 @@ class Settings:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A positive finite number."""
+        """A positive number within reason: from 1e-30 to 1e30."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value <= 0:
+        if not _is_sane(value):
             raise self._wrong(key, value, "a positive number")
         return float(value)
 
     def optional_number(self, key: str) -> float | None:
-        """A positive finite number, or None where the key is missing, null or zero."""
+        """A positive number, or None where the key is missing, null or zero."""
         return self.number(key) if self.get(key) else None
 
     def optional_count(self, key: str) -> int | None:
@@ -108,12 +109,10 @@ class Settings:
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of positive finite numbers."""
+        """A list of positive numbers."""
         value = self._value(key, None)
         listed = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
-        numbers = tuple(
-            float(item) for item in listed if isinstance(item, (int, float)) and isfinite(item) and item > 0
-        )
+        numbers = tuple(float(item) for item in listed if _is_sane(item))
         if not numbers or len(numbers) != len(listed):
             raise self._wrong(key, value, "a list of positive numbers")
         return numbers
@@ -170,6 +169,11 @@ class Settings:
         shown = repr(value)
         shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
         return CheckpointError(f"{self.path}: {self.name(key)} is {shown}; expected {expected}", path=str(self.path))
+
+
+def _is_sane(value: object) -> TypeGuard[float]:
+    """Neither an overflow nor a loss of all digits can come of products and logarithms of a few of these."""
+    return not isinstance(value, bool) and isinstance(value, (int, float)) and _SMALLEST <= value <= _LARGEST
 
 
 def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object]) -> Settings:
@@ -253,9 +257,9 @@ def sliding_windows(
     """The attention window of every layer: by the config's `layer_types` where it has them, else by `is_sliding`."""
     kinds = settings.sequence("layer_types", num_layers)
     if kinds is not None:
-        unknown = set(kinds) - {"sliding_attention", "full_attention"}
+        unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
         if unknown:
-            raise UnsupportedError(f"{settings.path}: layer_types has {sorted(map(str, unknown))}, not supported")
+            raise UnsupportedError(f"{settings.path}: layer_types has {str(unknown[0])[:80]!r}, which is not supported")
         is_sliding = [kind == "sliding_attention" for kind in kinds]
     return tuple(window if sliding else None for sliding in is_sliding)
 

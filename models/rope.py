@@ -164,6 +164,10 @@ def _yarn(
     name: str = _FACTORS,
 ) -> Rope:
     """Fast rotations kept, slow ones stretched, a ramp between (YaRN, arXiv 2309.00071)."""
+    if plain.theta <= 1:
+        raise CheckpointError(
+            f"{section.path}: rope base {plain.theta}; yarn needs one above 1", path=str(section.path)
+        )
     prefix = "rope.scaling.yarn_" if section.is_gguf else ""
     if section.get("mscale") or section.get("mscale_all_dim") or section.get(f"{prefix}log_multiplier"):
         raise UnsupportedError(f"{section.path}: yarn scaling with mscale is not supported")

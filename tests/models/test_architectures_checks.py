@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from support.checkpoints import tiny_checkpoint
 from transformers import AutoConfig
 
 from offload.elements import element_type
-from offload.errors import CheckpointError, UnsupportedError
+from offload.errors import CheckpointError, OffloadError, UnsupportedError
 from offload.models.assembly import head_parts
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
@@ -95,6 +96,33 @@ def test_senseless_numbers_are_refused(llama: Checkpoint, changes: dict[str, Any
 def test_what_is_not_implemented_is_named(llama: Checkpoint, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UnsupportedError, match=message):
         build_model(configured(llama, **changes), 64)
+
+
+NASTY = (None, True, -1, 0, 3, 2**40, 10**400, 0.5, 1e-320, 1e308, float("inf"), "x", [], [[]], [1, 2, 3], {}, {"a": 1})
+ROPE_KEYS = (
+    "rope_theta",
+    "factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "attention_factor",
+)
+ROPE_KEYS += ("original_max_position_embeddings", "partial_rotary_factor", "short_factor", "long_factor", "rope_type")
+
+
+@pytest.mark.parametrize("family", TESTED)
+def test_no_value_of_any_key_breaks_more_than_the_load(family: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(tiny_checkpoint(family, tmp_path, num_hidden_layers=2, layer_types=None))
+    scaling = {"factor": 2.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    ropes = [scaling | {"rope_type": kind} for kind in ("default", "linear", "llama3", "longrope", "yarn")]
+    hostile = [configured(checkpoint, **{key: value}) for key in checkpoint.metadata for value in NASTY]
+    for rope in ropes:
+        for key in ROPE_KEYS:
+            hostile += [configured(checkpoint, rope_parameters=rope | {key: value}) for value in NASTY]
+    for model in hostile:
+        with contextlib.suppress(OffloadError):
+            build_model(model, 64)
 
 
 def test_unknown_architecture_lists_the_known(llama: Checkpoint) -> None:
