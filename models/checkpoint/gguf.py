@@ -106,15 +106,15 @@ def read_gguf(path: Path) -> GGUFPart:
             raise reader.error(f"{num_tensors} tensors cannot fit in the {reader.remaining} bytes left; {DAMAGED}")
         infos: dict[str, TensorInfo] = {}
         for index in range(num_tensors):
-            purse.spend(_TENSOR_COST, f"tensor {index}")
             info = _read_tensor_info(reader, index, alignment)
+            purse.spend(_TENSOR_COST + 4 * len(info.name), f"tensor {index}")
             if info.name in infos:
                 raise reader.error(f"tensor {quote(info.name)} appears twice; {DAMAGED}", tensor=info.name)
             infos[info.name] = info
         data_start = align_up(reader.position, alignment)
         tensors = {name: _place(reader, info, data_start) for name, info in infos.items()}
         _check_overlap(reader, tensors)
-        return GGUFPart(path=path, metadata=metadata, tensors=tensors, digest=reader.finish())
+        return GGUFPart(path=path, metadata=metadata, tensors=tensors, digest=reader.finish(keep=reader.position))
 
 
 def _check_version(reader: HeaderReader) -> None:

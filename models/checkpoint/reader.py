@@ -76,6 +76,7 @@ class HeaderReader:
         self.position = 0
         self.buffer = bytearray()
         self._limit_bytes = limit_bytes
+        self._num_read = 0
 
     def __enter__(self) -> HeaderReader:
         return self
@@ -84,7 +85,7 @@ class HeaderReader:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if hasattr(os, "posix_fadvise"):  # the page cache of a header counts against the caller's memory limit
-            os.posix_fadvise(self._file.fileno(), 0, len(self.buffer), os.POSIX_FADV_DONTNEED)
+            os.posix_fadvise(self._file.fileno(), 0, self._num_read, os.POSIX_FADV_DONTNEED)
         self._file.close()
 
     @property
@@ -124,6 +125,7 @@ class HeaderReader:
             )
             raise StorageError(message, path=str(self.path), offset=offset)
         self.buffer += piece
+        self._num_read += len(piece)
 
     def skip(self, nbytes: int, what: str) -> None:
         """Move past the next `nbytes` bytes; they stay in `buffer`."""
@@ -141,9 +143,10 @@ class HeaderReader:
         """The next `layout.size` bytes as the values of `layout`."""
         return layout.unpack(self.take(layout.size, what))
 
-    def finish(self) -> bytes:
-        """Drop what was read past `position`. Returns the digest of the header and the file's size."""
+    def finish(self, *, keep: int) -> bytes:
+        """Drop all but the first `keep` bytes of the buffer. Returns the digest of the header and the file's size."""
         del self.buffer[self.position :]
         digest = sha256(self.buffer)
         digest.update(self.size.to_bytes(8, "little"))
+        del self.buffer[keep:]
         return digest.digest()

@@ -75,7 +75,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         header = reader.take(length, "header")
         if not header.startswith(b"{"):
             raise reader.error(f"header starts with {quote(header[:1])}, expected '{{'; not a safetensors file")
-        digest = reader.finish()
+        digest = reader.finish(keep=0)
         parsed = parse_json_object(header, path)
         _check_metadata(reader, parsed.pop(_METADATA, {}))
         entries = sorted((_parse_entry(reader, *item) for item in parsed.items()), key=lambda entry: entry[3:])

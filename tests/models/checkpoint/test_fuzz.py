@@ -50,7 +50,7 @@ SAFETENSORS_SEEDS = (
 )
 NUMBERS = st.sampled_from([0, 1, 2, 31, 255, 2**30 - 1, 2**31, 2**32 - 1, 2**60, 2**63, 2**64 - 1])
 TEXTS = st.sampled_from([b"{", b"[", b"]", b'"', b"\\", b"-1", b"1e9", b"NaN", b"null", b"\xff", b"[" * 40, b"9" * 50])
-RUNS = settings(max_examples=300, deadline=1000, suppress_health_check=[HealthCheck.too_slow])
+RUNS = settings(max_examples=300, deadline=5000, suppress_health_check=[HealthCheck.too_slow])
 
 
 @st.composite

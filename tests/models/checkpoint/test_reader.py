@@ -6,6 +6,7 @@ import errno
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.headers import Gguf, tensor
@@ -85,11 +86,20 @@ def test_a_header_longer_than_a_piece(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_no_file_stays_open(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_bytes(Gguf().build())
     (tmp_path / "bad.gguf").write_bytes(Gguf(version=1).build())
-    before = os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else []
-    open_checkpoint(tmp_path / "model.gguf")
-    with pytest.raises(CheckpointError):
-        open_checkpoint(tmp_path / "bad.gguf")
-    assert len(os.listdir("/proc/self/fd") if before else []) == len(before)
+    files = []
+    unpatched = Path.open
+
+    def remember(path: Path, *args: Any, **options: Any) -> Any:
+        files.append(unpatched(path, *args, **options))
+        return files[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "open", remember)
+        open_checkpoint(tmp_path / "model.gguf")
+        with pytest.raises(CheckpointError):
+            open_checkpoint(tmp_path / "bad.gguf")
+    assert len(files) == 4
+    assert all(file.closed for file in files)
 
 
 @pytest.mark.parametrize(
