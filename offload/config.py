@@ -101,7 +101,16 @@ class SamplingConfig:
             ("xtc_probability", self.xtc_probability, 0.0, 1.0),
             ("xtc_threshold", self.xtc_threshold, 0.0, 1.0),
             ("mirostat", self.mirostat, 0, 2),
-            ("seed", self.seed or 0, 0, 2**32 - 1),
+            ("seed", self.seed or 0, 0, 2**32 - 2),  # llama.cpp reads 2**32 - 1 as "choose one"
+            ("repeat_penalty", self.repeat_penalty, 1e-3, 1e3),
+            ("presence_penalty", self.presence_penalty, -1e3, 1e3),
+            ("frequency_penalty", self.frequency_penalty, -1e3, 1e3),
+            ("top_k", self.top_k, -1, 2**31 - 1),
+            ("repeat_last_n", self.repeat_last_n, -1, 2**31 - 1),
+            ("dry_penalty_last_n", self.dry_penalty_last_n, -1, 2**31 - 1),
+            ("dry_allowed_length", self.dry_allowed_length, 0, 2**31 - 1),
+            ("dry_multiplier", self.dry_multiplier, 0.0, 1e3),
+            ("dry_base", self.dry_base, 0.0, 1e3),
         )
         for name, value, low, high in bounds:
             if not low <= value <= high:

@@ -225,6 +225,15 @@ def test_logprobs_are_the_log_softmax() -> None:
     assert len(Sampler(FLAT, SIZE).logprobs(logits, 4, 1000).top) == SIZE
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"seed": 2**32 - 1}, {"repeat_penalty": 0.0}, {"top_k": 2**32 + 1}, {"dry_base": math.nan}, {"repeat_last_n": -2}],
+)
+def test_values_that_llama_cpp_would_misread_are_refused(fields: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(fields))):
+        change(**fields)
+
+
 def test_closing_twice_is_fine() -> None:
     sampler = Sampler(FLAT, SIZE)
     sampler.close()
