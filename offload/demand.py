@@ -22,10 +22,11 @@ LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Speeds of the machine: the disk, and kernels by element type at batch 1, in bytes/s."""
+    """Speeds of the machine in bytes/s: the disk, kernels by element type at batch 1, host memory to the device."""
 
     disk_bps: float
     kernel_bps: Mapping[str, float]
+    link_bps: float = 0.0
 
 
 def model_blocks(model: Model) -> tuple[BlockSpec, ...]:
@@ -66,7 +67,7 @@ def logits_rows(model: Model) -> int:
 
 def make_demand(
     model: Model, *, ctx: int, kv_bytes: int, workspace_bytes: int, base_bytes: int, rates: Rates,
-    budget_bytes: int | None,
+    budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -74,6 +75,7 @@ def make_demand(
         workspace_bytes: what the backend's graphs need.
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
+        device_fixed: what is always on the device, when computing happens there.
     """
     blocks = model_blocks(model)
     index = {block.key: number for number, block in enumerate(blocks)}
@@ -99,6 +101,8 @@ def make_demand(
         fixed=fixed,
         compute_s=compute_seconds(model, rates),
         disk_bps=rates.disk_bps,
+        link_bps=rates.link_bps,
+        device_fixed=device_fixed,
         ctx=ctx,
         prefill_tokens_per_pass=per_pass * rows,
     )  # fmt: skip

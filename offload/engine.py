@@ -16,9 +16,10 @@ from offload.config import GenerationConfig, LoadConfig, SamplingConfig
 from offload.errors import ClosedError, OffloadError, StorageError, UsageError
 from offload.generate import Answer, Decoder, OnPrefill, generate
 from offload.kernels.batch import Floats
-from offload.loader import Progress, Runner, load_runner, plan_only
+from offload.loader import Runner, load_runner, plan_only
 from offload.models.text.base import Tokenizer
 from offload.models.text.template import render
+from offload.opening import Progress
 from offload.plan import Plan
 from offload.results import Chunk, Completion, EdgeUse, Statistics, TierUse, Timings
 from offload.runtime import Driver, Stream, iterate

@@ -2,14 +2,16 @@
 
     budget = base + margin + vectors + KV + workspace + ring + pinned        (host RAM)
 
-Blocks that are not pinned are streamed from disk once per pass through the ring.
+Blocks that are not pinned are streamed from disk once per pass through the ring. With a device there is one tier more, of
+the same form: what is not pinned in VRAM passes through a ring there, and only that needs a place in RAM or on disk.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Final, Literal
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from typing import Final, Literal, NamedTuple
 
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.errors import BudgetError
@@ -30,7 +32,8 @@ class Demand:
         embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
         compute_s: kernel time of one decoded token.
-        disk_bps: bandwidth of the disk in bytes/s.
+        disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
+        device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -41,6 +44,8 @@ class Demand:
     disk_bps: float
     ctx: int
     prefill_tokens_per_pass: int
+    link_bps: float = 0.0
+    device_fixed: Mapping[str, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +78,10 @@ class Plan:
     placements: tuple[Placement, ...]
     ctx: int
     prefill_tokens_per_pass: int
+    device_budget_bytes: int | None = None
+    device_pinned_bytes: int = 0
+    device_ring_bytes: int = 0
+    link_bytes: int = 0
     demand: Demand = field(repr=False)
 
     @property
@@ -81,9 +90,11 @@ class Plan:
         return 1 / max(self.compute_s, self.stream_s, 1e-9)
 
     @property
-    def bound(self) -> Literal["disk", "compute"]:
+    def bound(self) -> Literal["disk", "link", "compute"]:
         """What limits decoding."""
-        return "disk" if self.stream_s > self.compute_s else "compute"
+        if self.compute_s >= self.stream_s:
+            return "compute"
+        return "disk" if self.streamed_bytes / self.demand.disk_bps >= self.stream_s else "link"
 
     @property
     def used_bytes(self) -> int:
@@ -95,7 +106,13 @@ class Plan:
 
     @property
     def streamed(self) -> frozenset[BlockKey]:
-        """Keys of the blocks that pass through the ring."""
+        """Keys of the blocks that a pass has to wait for: all that are not pinned where computing happens."""
+        home = "ram" if self.device_budget_bytes is None else "vram"
+        return frozenset(placement.key for placement in self.placements if placement.tier != home)
+
+    @property
+    def from_disk(self) -> frozenset[BlockKey]:
+        """Keys of the blocks that are read from disk in every pass."""
         return frozenset(placement.key for placement in self.placements if placement.tier == "nvme")
 
     def with_budget(self, budget_bytes: int) -> Plan:
@@ -104,7 +121,7 @@ class Plan:
         Raises:
             BudgetError: below the minimum.
         """
-        return make_plan(self.demand, budget_bytes)
+        return make_plan(self.demand, budget_bytes, self.device_budget_bytes)
 
 
 def minimum_budget(demand: Demand) -> int:
@@ -122,90 +139,136 @@ def full_budget(demand: Demand) -> int:
     return sum(demand.fixed.values()) + everything + (demand.embedding.footprint if demand.embedding else 0)
 
 
-def make_plan(demand: Demand, budget_bytes: int) -> Plan:
+def make_plan(demand: Demand, budget_bytes: int, device_budget_bytes: int | None = None) -> Plan:
     """Pins the largest share that fits and streams the rest.
 
+    Args:
+        device_budget_bytes: bytes on the device, when `demand.device_fixed` says that computing happens there.
+
     Raises:
-        BudgetError: the budget is below `minimum_budget(demand)`.
+        BudgetError: a budget is below what the model needs.
     """
+    everything = frozenset(range(len(demand.blocks)))
+    if demand.device_fixed is None:
+        return _plan(demand, budget_bytes, _host(demand, budget_bytes, everything))
+    assert device_budget_bytes is not None, "a demand on a device needs a device budget"
+    on_device = _device(demand, device_budget_bytes)
+    below = _host(demand, budget_bytes, on_device.streamed)
+    return _plan(demand, budget_bytes, below, on_device, device_budget_bytes)
+
+
+class _Share(NamedTuple):
+    """One tier's part: which of its blocks are pinned, which pass through its ring, and the ring's bytes."""
+
+    pinned: frozenset[int]
+    streamed: frozenset[int]
+    ring: int
+
+
+def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
+    share = _best(demand, budget - sum(demand.fixed.values()), members)
+    if share is not None:
+        return share
     minimum = minimum_budget(demand)
-    available = budget_bytes - sum(demand.fixed.values())
-    candidates = (_choose(demand, available, slack) for slack in RING_SLACKS)
-    chosen = [choice for choice in candidates if choice is not None]
-    if not chosen:
-        raise BudgetError(
-            f"--ram {format_size(budget_bytes)}: too little for this model at context {demand.ctx}; "
-            f"it needs at least {format_size(minimum)} ({minimum} bytes): raise --ram or lower --ctx",
-            budget_bytes=budget_bytes,
-            minimum_bytes=minimum,
-        )
-    # a roomier ring hides latency, a smaller one pins more: take the roomiest that streams at most 2% more
-    least = min(_nbytes(demand, streamed) for streamed, _ in chosen)
-    streamed, ring = next(choice for choice in chosen if _nbytes(demand, choice[0]) <= 1.02 * least)
-    return _plan(demand, budget_bytes, minimum, streamed, ring)
+    raise BudgetError(
+        f"--ram {format_size(budget)}: too little for this model at context {demand.ctx}; "
+        f"it needs at least {format_size(minimum)} ({minimum} bytes): raise --ram or lower --ctx",
+        budget_bytes=budget,
+        minimum_bytes=minimum,
+    )
 
 
-def _choose(demand: Demand, available: int, slack: float) -> tuple[set[int], int] | None:
-    """The streamed blocks and the ring's bytes at this slack, or None when they do not fit."""
-    pinned = sum(block.footprint for block in demand.blocks)
+def _device(demand: Demand, budget: int) -> _Share:
+    assert demand.device_fixed is not None
+    fixed, everything = sum(demand.device_fixed.values()), frozenset(range(len(demand.blocks)))
+    share = _best(demand, budget - fixed, everything)
+    if share is not None:
+        return share
+    minimum = fixed + _ring(demand, everything, 0.0)
+    raise BudgetError(
+        f"--vram {format_size(budget)}: too little for this model at context {demand.ctx}; "
+        f"it needs at least {format_size(minimum)} ({minimum} bytes): raise --vram or lower --ctx",
+        budget_bytes=budget,
+        minimum_bytes=minimum,
+    )
+
+
+def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
+    """A roomier ring hides latency, a smaller one pins more: the roomiest that streams at most 2% more than the least."""
+    shares = [share for slack in RING_SLACKS if (share := _choose(demand, available, slack, members)) is not None]
+    if not shares:
+        return None
+    least = min(_nbytes(demand, share.streamed) for share in shares)
+    return next(share for share in shares if _nbytes(demand, share.streamed) <= 1.02 * least)
+
+
+def _choose(demand: Demand, available: int, slack: float, members: frozenset[int]) -> _Share | None:
+    """Streams as few of `members` as this slack allows, or None when they do not fit."""
+    pinned = _nbytes(demand, members)
     if pinned <= available:
-        return set(), 0
+        return _Share(members, frozenset(), 0)
     streamed: set[int] = set()
     for index in streaming_order(demand.blocks):
+        if index not in members:
+            continue
         streamed.add(index)
         pinned -= demand.blocks[index].footprint
         if pinned > available:
             continue
         ring = _ring(demand, streamed, slack)
         if pinned + ring <= available:
-            return streamed, ring
+            return _Share(members - streamed, frozenset(streamed), ring)
     return None
 
 
-def _ring(demand: Demand, streamed: set[int], slack: float) -> int:
+def _ring(demand: Demand, streamed: AbstractSet[int], slack: float) -> int:
     needs = [[demand.blocks[i].footprint for i in stage if i in streamed] for stage in demand.stages]
     return ring_capacity(needs, slack)
 
 
-def _nbytes(demand: Demand, streamed: set[int]) -> int:
+def _nbytes(demand: Demand, streamed: AbstractSet[int]) -> int:
     return sum(demand.blocks[i].footprint for i in streamed)
 
 
-def _plan(demand: Demand, budget: int, minimum: int, streamed: set[int], ring: int) -> Plan:
-    pinned = sum(block.footprint for i, block in enumerate(demand.blocks) if i not in streamed)
-    moved = _nbytes(demand, streamed)
-    left = budget - sum(demand.fixed.values()) - pinned - ring
+def _plan(
+    demand: Demand, budget: int, host: _Share, device: _Share | None = None, device_budget: int | None = None
+) -> Plan:
+    pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
+    link = _nbytes(demand, device.streamed) if device is not None else 0
+    left = budget - sum(demand.fixed.values()) - pinned - host.ring
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory
-    embedding = demand.embedding.footprint if demand.embedding and demand.embedding.footprint <= left else 0
+    table = demand.embedding
+    edges = {"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {})
     return Plan(
         budget_bytes=budget,
-        minimum_bytes=minimum,
-        model_bytes=sum(block.nbytes for block in demand.blocks) + (demand.embedding.nbytes if demand.embedding else 0),
+        minimum_bytes=minimum_budget(demand),
+        model_bytes=sum(block.nbytes for block in demand.blocks) + (table.nbytes if table else 0),
         pinned_bytes=pinned,
         streamed_bytes=moved,
-        ring_bytes=ring,
+        ring_bytes=host.ring,
         kv_bytes=demand.fixed["kv"],
         workspace_bytes=demand.fixed["workspace"] + demand.fixed["vectors"],
         base_bytes=demand.fixed["base"],
         margin_bytes=demand.fixed["margin"],
-        embedding_bytes=embedding,
-        edges={"nvme->ram": demand.disk_bps},
+        embedding_bytes=table.footprint if table and table.footprint <= left else 0,
+        edges=edges,
         compute_s=demand.compute_s,
-        stream_s=moved / demand.disk_bps,
-        placements=_placements(demand.blocks, streamed),
+        stream_s=max(moved / demand.disk_bps, link / demand.link_bps if link else 0.0),
+        placements=_placements(demand.blocks, host, device),
         ctx=demand.ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
+        device_budget_bytes=device_budget,
+        device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,
+        device_ring_bytes=device.ring if device is not None else 0,
+        link_bytes=link,
         demand=demand,
     )
 
 
-def _placements(blocks: Sequence[BlockSpec], streamed: set[int]) -> tuple[Placement, ...]:
-    return tuple(
-        Placement(key=block.key, tier="nvme" if i in streamed else "ram", nbytes=block.nbytes)
-        for i, block in enumerate(blocks)
-    )
+def _placements(blocks: Sequence[BlockSpec], host: _Share, device: _Share | None) -> tuple[Placement, ...]:
+    def tier(index: int) -> TierName:
+        if device is not None and index in device.pinned:
+            return "vram"
+        return "nvme" if index in host.streamed else "ram"
 
-
-def with_rates(demand: Demand, *, compute_s: float, disk_bps: float) -> Demand:
-    """The same demand on a machine of other speeds."""
-    return replace(demand, compute_s=compute_s, disk_bps=disk_bps)
+    return tuple(Placement(key=block.key, tier=tier(i), nbytes=block.nbytes) for i, block in enumerate(blocks))

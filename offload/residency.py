@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 from offload.blocks import BlockKey, BlockSpec
-from offload.stream import BlockStream
+from offload.stream import Arrival
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Handle, Reader
 from offload.tiers.ram import Slab
@@ -13,10 +14,22 @@ from offload.tiers.ram import Slab
 Place = Callable[[str, int], None]
 
 
+class Stream(Protocol):
+    """What brings the blocks that are not pinned: `BlockStream` to host RAM, `DeviceStream` to a device."""
+
+    def fill(self) -> None: ...
+
+    def acquire(self, key: BlockKey, cancel: CancelToken | None) -> Arrival: ...
+
+    def release(self, count: int) -> None: ...
+
+    def restart(self) -> None: ...
+
+
 class Residency:
     """Pinned blocks in one slab, streamed ones in the ring of `stream` (None when nothing is streamed)."""
 
-    def __init__(self, place: Place, stream: BlockStream | None, telemetry: Telemetry) -> None:
+    def __init__(self, place: Place, stream: Stream | None, telemetry: Telemetry) -> None:
         self._place = place
         self._stream = stream
         self._telemetry = telemetry

@@ -76,6 +76,15 @@ class BlockStream:
         assert extent is not None
         return Arrival(self._slab.address + flight.region.offset + extent.lead, was_ready)
 
+    def is_ready(self) -> bool:
+        """Whether `acquire` of the next block would return at once."""
+        return bool(self._ahead) and self._ahead[0].handle.done()
+
+    def acquire_view(self, key: BlockKey, cancel: CancelToken | None) -> memoryview:
+        """`acquire`, as the block's bytes in the ring."""
+        address = self.acquire(key, cancel).address
+        return self._slab.view(address - self._slab.address, self._taken[-1].block.nbytes)
+
     def release(self, count: int) -> None:
         """Gives back the `count` blocks that were acquired first, and reads on into their room."""
         for _ in range(count):

@@ -20,4 +20,4 @@ def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
         host=host_fingerprint(), disk_bps=1e9, ram_bps=2e10, kernel_bps={"F32": 1e10, "Q4_1": 1e10},
         measured_at="2026-01-01T00:00:00Z",
     )  # fmt: skip
-    monkeypatch.setattr("offload.loader.load_machine", lambda: profile)
+    monkeypatch.setattr("offload.opening.load_machine", lambda: profile)

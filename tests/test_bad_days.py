@@ -13,6 +13,7 @@ from support.checkpoints import tiny_checkpoint
 import offload
 from offload.errors import AllocationError, ClosedError, StorageError
 from offload.tiers.files import LocalStorage
+from offload.tiers.ram import Slab
 from offload.tiers.wrapper import Fault, FaultKind, FaultyStorage
 
 PROMPT = [5, 6, 7, 8]
@@ -81,19 +82,20 @@ def test_a_file_that_changes_under_the_engine_is_noticed(model: Path, tmp_path: 
             engine.generate(PROMPT, max_tokens=60, temperature=0, ignore_eos=True)
 
 
-def test_no_memory_for_a_slab_is_one_clear_error(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("nth", [1, 2])
+def test_no_memory_for_a_slab_is_one_clear_error(model: Path, monkeypatch: pytest.MonkeyPatch, nth: int) -> None:
     before = threading.active_count()
     calls = 0
 
-    class Refusing(offload.tiers.ram.Slab):  # type: ignore[name-defined, misc]
+    class Refusing(Slab):
         def __init__(self, nbytes: int, **options: bool) -> None:
             nonlocal calls
             calls += 1
-            if calls >= 3:
+            if calls == nth:
                 raise AllocationError(f"memory: {nbytes} bytes refused", needed_bytes=nbytes)
             super().__init__(nbytes, **options)
 
-    monkeypatch.setattr("offload.loader.Slab", Refusing)
+    monkeypatch.setattr("offload.backends.Slab", Refusing)
     with pytest.raises(AllocationError, match="refused"):
         offload.load(model, ctx=64)
     assert threading.active_count() == before, "a failed load must leave no thread behind"

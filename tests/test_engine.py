@@ -31,20 +31,18 @@ def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return tiny_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
 
 
-def budget_at(share: float) -> Callable[[Demand, int], Plan]:
+def budget_at(share: float) -> Callable[[Demand, int, int | None], Plan]:
     """A planner that ignores the budget it is given for one at `share` of the way from the minimum to everything.
 
     Tiny checkpoints are smaller than the noise in what a Python process uses, so no `--ram` hits a given share of them.
     """
-    return lambda demand, _: make_plan(
-        demand, minimum_budget(demand) + int(share * (full_budget(demand) - minimum_budget(demand)))
-    )
+    return lambda demand, _, device: make_plan(demand, budget_at_share(demand, share), device)
 
 
 def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
     for share in (0, 0.3, 0.6, 1):
-        monkeypatch.setattr("offload.loader.make_plan", budget_at(share))
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
         with offload.load(tiny, ctx=64) as engine:
             answer = engine.generate(TOKENS[:17], max_tokens=12, temperature=0, ignore_eos=True)
             seen.append((engine.plan.streamed_bytes, answer.tokens, engine.logits(TOKENS)))
@@ -193,8 +191,9 @@ def test_a_wrong_request_is_one_clear_line_and_harms_nothing(
 
 
 def test_a_budget_below_the_minimum_names_one_that_works(demo: Path) -> None:
-    with pytest.raises(BudgetError) as caught:
-        offload.load(demo, ram="20M", ctx=512)
+    for _ in range(2):  # the first load also makes this process larger, as it would not a fresh one
+        with pytest.raises(BudgetError) as caught:
+            offload.load(demo, ram="20M", ctx=512)
     with offload.load(demo, ram=caught.value.minimum_bytes + 16_000_000, ctx=512) as engine:
         assert engine.generate("Hi", max_tokens=1, temperature=0).tokens
 
@@ -217,3 +216,43 @@ def test_a_timeline_opens_as_a_chrome_trace(demo: Path, tmp_path: Path) -> None:
     lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"compute", "wait", "read"} <= lanes
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+@pytest.mark.parametrize("vram_share", [0.0, 0.5, 1.0])
+def test_three_tiers_give_the_same_tokens_at_every_split(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, vram_share: float
+) -> None:
+    """torch:cpu stands in for a card: weights pinned there, in RAM, or on disk, in all mixtures."""
+    with offload.load(tiny, ctx=64, kv_type="f32") as engine:
+        reference = engine.logits(TOKENS)
+        expected = engine.generate(TOKENS[:17], max_tokens=12, temperature=0, ignore_eos=True).tokens
+    seen = []
+    for ram_share in (0.0, 0.5, 1.0):
+        monkeypatch.setattr("offload.opening.make_plan", split_at(ram_share, vram_share))
+        with offload.load(tiny, ctx=64, device="torch:cpu", kv_type="f32") as engine:
+            assert {placement.tier for placement in engine.plan.placements} <= {"vram", "ram", "nvme"}
+            answer = engine.generate(TOKENS[:17], max_tokens=12, temperature=0, ignore_eos=True)
+            seen.append((answer.tokens, engine.logits(TOKENS), engine.plan.streamed_bytes))
+    for tokens, logits, _ in seen:
+        assert tokens == expected
+        assert np.array_equal(logits, seen[0][1])
+        assert np.abs(logits - reference).max() <= 1e-4 * np.ptp(reference)
+    assert (seen[0][2] > 0) == (vram_share < 1)
+
+
+def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int | None], Plan]:
+    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device."""
+
+    def plan(demand: Demand, _: int, __: int | None) -> Plan:
+        assert demand.device_fixed is not None
+        everything = sum(block.footprint for block in demand.blocks)
+        ring = minimum_budget(demand) - sum(demand.fixed.values())
+        vram = sum(demand.device_fixed.values()) + ring + int(vram_share * (everything - ring))
+        return make_plan(demand, budget_at_share(demand, ram_share), vram)
+
+    return plan
+
+
+def budget_at_share(demand: Demand, share: float) -> int:
+    least = minimum_budget(demand)
+    return least + int(share * (full_budget(demand) - least))

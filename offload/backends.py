@@ -1,0 +1,190 @@
+"""Backends and where their matrices live: in host RAM for ggml, on the device for torch.
+
+A `Placed` is the outcome: a backend whose pinned matrices are in place, and the residency that brings it the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from offload.blocks import BlockKey, BlockSpec
+from offload.config import LoadConfig
+from offload.demand import model_blocks
+from offload.device_stream import DeviceStream
+from offload.kernels.batch import Backend, Floats, Segment
+from offload.kernels.ggml.backend import GgmlBackend
+from offload.opening import Footprint, Opened, host_footprint, micro_batch_tokens
+from offload.plan import Plan
+from offload.residency import Residency
+from offload.scheduler import make_steps
+from offload.stream import BlockStream
+from offload.telemetry import Telemetry
+from offload.tiers.nvme import NvmeReader
+from offload.tiers.ram import Slab
+
+if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
+    from offload.kernels.torch.backend import TorchBackend
+    from offload.tiers.vram import DeviceTier
+
+Report = Callable[[int, int], None]
+
+
+class Place(Protocol):
+    """One way to hold a model. Made before the plan (`footprint`), filled after it (`fill`)."""
+
+    def footprint(self) -> Footprint: ...
+
+    def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
+        """Allocates and reads what is pinned; whatever it makes is freed with the stack it was given."""
+        ...
+
+    def place_vector(self, name: str, values: Floats) -> None: ...
+
+    def reserve(self, segments: list[Segment]) -> None: ...
+
+    @property
+    def backend(self) -> Backend: ...
+
+
+@dataclass(slots=True)
+class _Host:
+    """Blocks in host RAM: pinned in one slab, the others through a ring."""
+
+    stack: ExitStack
+
+    def slab(self, nbytes: int) -> Slab:
+        slab = Slab(nbytes)
+        self.stack.callback(slab.close)
+        return slab
+
+    def stream(self, blocks: list[BlockSpec], nbytes: int, reader: NvmeReader) -> BlockStream | None:
+        return BlockStream(blocks, self.slab(nbytes), reader) if blocks else None
+
+
+class HostPlace:
+    """ggml on the CPU: computes where the tiers put the bytes."""
+
+    def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
+        self._opened = opened
+        self._config = config
+        self._host = _Host(stack)
+        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
+        stack.callback(self.backend.close)
+
+    def footprint(self) -> Footprint:
+        model = self._opened.model
+        every = frozenset(block.key for block in model_blocks(model))
+        workspace = self.backend.reserve([step.segment for step in make_steps(model, every)])
+        return host_footprint(self._opened, self._config.kv_type, workspace)
+
+    def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
+        self.backend.place_cache(self._host.slab(plan.kv_bytes).address)
+        blocks = model_blocks(self._opened.model)
+        streamed = [block for block in blocks if block.key in plan.streamed]
+        residency = Residency(self.backend.place, self._host.stream(streamed, plan.ring_bytes, reader), telemetry)
+        pinned = [block for block in blocks if block.key not in plan.streamed]
+        if pinned:
+            residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
+        return residency
+
+    def place_vector(self, name: str, values: Floats) -> None:
+        self.backend.place_vector(name, values)
+
+    def reserve(self, segments: list[Segment]) -> None:
+        self.backend.reserve(segments)
+
+
+class DevicePlace:
+    """torch on a device: pinned matrices in its arena, the others through a ring there, from RAM or from disk."""
+
+    def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
+        self._opened = opened
+        self._config = config
+        self._host = _Host(stack)
+        self._stack = stack
+        self._tier: DeviceTier | None = None
+        self._backend: TorchBackend | None = None
+        self._vectors: dict[str, Floats] = {}
+
+    @property
+    def backend(self) -> Backend:
+        assert self._backend is not None, "the backend exists after `fill`"
+        return self._backend
+
+    def footprint(self) -> Footprint:
+        from offload.kernels.torch.backend import TorchBackend, free_device_bytes
+
+        fixed = TorchBackend.device_nbytes(
+            self._opened.model, self._opened.ctx, self._config.kv_type, micro_batch_tokens(self._opened)
+        )
+        assert self._opened.device is not None
+        budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
+        return Footprint(kv_bytes=0, workspace_bytes=0, device_fixed=fixed, device_budget_bytes=budget)
+
+    def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
+        from offload.kernels.torch.backend import TorchBackend
+        from offload.tiers.vram import DeviceTier
+
+        opened = self._opened
+        assert opened.device is not None
+        self._tier = DeviceTier(opened.device, plan.device_pinned_bytes + plan.device_ring_bytes)
+        self._stack.callback(self._tier.close)
+        self._backend = TorchBackend(
+            opened.model, opened.ctx, self._tier, threads=opened.threads, kv_type=self._config.kv_type
+        )
+        self._stack.callback(self._backend.close)
+        for name, values in self._vectors.items():
+            self._backend.place_vector(name, values)
+        tiers = {placement.key: placement.tier for placement in plan.placements}
+        blocks = model_blocks(opened.model)
+        self._fill_arena([block for block in blocks if tiers[block.key] == "vram"], reader)
+        pinned = self._pin([block for block in blocks if tiers[block.key] == "ram"], plan, reader)
+        from_disk = [block for block in blocks if tiers[block.key] == "nvme"]
+        lower = self._host.stream(from_disk, plan.ring_bytes, reader)
+        moving = [block for block in blocks if tiers[block.key] != "vram"]
+        stream = None
+        if moving:
+            base = self._tier.allocate(plan.device_ring_bytes)
+            stream = DeviceStream(moving, self._tier, base, plan.device_ring_bytes, pinned, lower)
+        if report is not None:
+            report(plan.device_pinned_bytes, plan.device_pinned_bytes)
+        return Residency(self._backend.place, stream, telemetry)
+
+    def place_vector(self, name: str, values: Floats) -> None:
+        self._vectors[name] = values
+
+    def reserve(self, segments: list[Segment]) -> None:
+        """Nothing: torch allocates as it goes, within the workspace that the plan left it."""
+
+    def _fill_arena(self, blocks: list[BlockSpec], reader: NvmeReader) -> None:
+        """Reads blocks into the device's arena through a staging slab of one block."""
+        if not blocks:
+            return
+        assert self._tier is not None
+        assert self._backend is not None
+        staging = Slab(max(block.footprint for block in blocks), prefault=False)
+        try:
+            for block in blocks:
+                assert block.extent is not None
+                reader.read_extent(block.extent, staging.view(0, block.footprint)).wait()
+                offset = self._tier.allocate(block.nbytes)
+                self._tier.copy_in(staging.view(block.extent.lead, block.nbytes), offset).wait()
+                self._backend.place(block.key.name, offset)
+        finally:
+            staging.close()
+
+    def _pin(self, blocks: list[BlockSpec], plan: Plan, reader: NvmeReader) -> dict[BlockKey, memoryview]:
+        if not blocks:
+            return {}
+        slab = self._host.slab(plan.pinned_bytes)
+        table = Residency(lambda _name, _address: None, None, Telemetry())
+        table.pin(blocks, slab, reader)
+        return {block.key: slab.view(table.pinned[block.key] - slab.address, block.nbytes) for block in blocks}
+
+
+def make_place(opened: Opened, config: LoadConfig, stack: ExitStack) -> Place:
+    """The place for the configured device; what it makes is freed with `stack`."""
+    return HostPlace(opened, config, stack) if opened.device is None else DevicePlace(opened, config, stack)

@@ -1,0 +1,127 @@
+"""The torch backend: runs segments on a torch device from the bytes that the device tier holds.
+
+Matrices stay as stored in the arena and are decoded to float32 when they are used. Called from one thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from offload.config import KVType
+from offload.errors import BackendError, Cancelled
+from offload.kernels.batch import Floats, MicroBatch, Segment
+from offload.kernels.torch.cache import TorchCache
+from offload.kernels.torch.dequantize import dequantize
+from offload.kernels.torch.ops import TorchOps
+from offload.models.base import Model
+from offload.tiers.cgroup import available_memory
+from offload.tiers.vram import DeviceTier
+
+
+class TorchBackend:
+    """See the module. An address is an offset into the arena of `tier`."""
+
+    name = "torch"
+
+    def __init__(self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType) -> None:
+        torch.set_num_threads(threads)
+        self._model = model
+        self._tier = tier
+        config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
+        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.head_dim, dtype, tier.device)
+        self._offsets: dict[str, int] = {}
+        self._vectors: dict[str, torch.Tensor] = {}
+        self._abort: Callable[[], bool] | None = None
+        self._batches: Sequence[MicroBatch] = ()
+        self._ops: list[TorchOps] = []
+        self._hidden: list[torch.Tensor] = []
+        self._parts: list[list[torch.Tensor]] = []
+
+    @staticmethod
+    def device_nbytes(model: Model, ctx: int, kv_type: KVType, micro_batch: int) -> dict[str, int]:
+        """Bytes on the device beside the matrices, by purpose: the KV cache, and an upper bound of the temporaries."""
+        config = model.config
+        kv = 2 * config.num_layers * ctx * config.num_kv_heads * config.head_dim * (2 if kv_type == "f16" else 4)
+        decoded = 4 * max(info.num_elements for info in model.matrices.values())
+        rows = min(micro_batch, ctx)
+        activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
+        vectors = 4 * sum(len(v.values) if v.tensor is None else v.tensor.num_elements for v in model.vectors.values())
+        return {"kv": kv, "workspace": 3 * decoded + activations, "vectors": vectors}
+
+    def place(self, name: str, address: int) -> None:
+        """Matrix `name` now starts at this offset of the arena."""
+        self._offsets[name] = address
+
+    def place_vector(self, name: str, values: Floats) -> None:
+        """Gives vector `name` its values, float32."""
+        self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
+
+    @torch.inference_mode()
+    def begin(self, batches: Sequence[MicroBatch], hidden: Floats) -> None:
+        """See `Backend.begin`."""
+        device = self._tier.device
+        self._batches = batches
+        self._hidden = list(torch.split(torch.from_numpy(hidden.copy()).to(device), [b.num_tokens for b in batches]))
+        self._parts = [[] for _ in batches]
+        self._ops = [
+            TorchOps(
+                self._weight,
+                self._cache,
+                torch.arange(batch.start, batch.start + batch.num_tokens, device=device),
+                torch.tensor(batch.outputs or (0,), dtype=torch.int64, device=device),
+            )
+            for batch in batches
+        ]
+
+    @torch.inference_mode()
+    def run(self, segment: Segment, batch: int) -> None:
+        """See `Backend.run`. Asks to abort between stages."""
+        wanted = bool(self._batches[batch].outputs)
+        for index in range(segment.first, segment.last):
+            if index >= self._model.first_output_stage and not wanted:
+                return
+            if self._abort is not None and self._abort():
+                raise Cancelled("cancelled")
+            stage = self._model.stages[index]
+            result = stage.forward(self._ops[batch], self._hidden[batch])
+            if stage.layer < 0:
+                self._parts[batch].append(result)
+            else:
+                self._hidden[batch] = result
+
+    def logits(self, batch: int) -> Floats:
+        """See `Backend.logits`."""
+        rows: Floats = torch.cat(self._parts[batch], dim=-1).cpu().numpy()
+        return rows
+
+    def set_abort(self, abort: Callable[[], bool] | None) -> None:
+        """See `Backend.set_abort`."""
+        self._abort = abort
+
+    def close(self) -> None:
+        """See `Backend.close`."""
+        self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
+
+    def _weight(self, name: str) -> torch.Tensor:
+        vector = self._vectors.get(name)
+        if vector is not None:
+            return vector
+        info = self._model.matrices[name]
+        return dequantize(self._tier.view(self._offsets[name], info.nbytes), info.element, info.shape)
+
+
+def free_device_bytes(device: str) -> int:
+    """What the device has free, less a tenth. `cpu` stands in for a card of half of the free host memory.
+
+    Raises:
+        BackendError: no such device, or no driver.
+    """
+    if device == "cpu":
+        return available_memory() // 2
+    if not torch.cuda.is_available():
+        raise BackendError(f"device {device}: torch finds no CUDA device; run `offload doctor`, or use --device cpu")
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) - int(free) // 10

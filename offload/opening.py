@@ -1,0 +1,161 @@
+"""From a path to a description and a plan: headers, tokenizer, rates, budget. No weight is read here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import psutil
+
+from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
+from offload.demand import Rates, make_demand
+from offload.elements import element_type
+from offload.errors import UsageError
+from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.probe import measure_kernel
+from offload.machine import load_machine
+from offload.models.base import Model
+from offload.models.checkpoint import open_checkpoint
+from offload.models.checkpoint.base import Checkpoint
+from offload.models.registry import build_model, default_context
+from offload.models.text import open_tokenizer
+from offload.models.text.base import Tokenizer
+from offload.plan import Demand, Plan, make_plan, minimum_budget
+from offload.tiers.cgroup import available_memory
+from offload.tiers.probe import measure_disk
+from offload.units import GIB, MIB, align_up
+
+DEFAULT_CTX: Final = 4096
+HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card; a real card's link is measured by `doctor`
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A checkpoint described, before any memory is planned. `device` is a torch device, None for the ggml backend."""
+
+    checkpoint: Checkpoint
+    model: Model
+    tokenizer: Tokenizer | None
+    ctx: int
+    threads: int
+    device: str | None = None
+
+    def close(self) -> None:
+        """Frees the tokenizer. Idempotent."""
+        if self.tokenizer is not None:
+            self.tokenizer.close()
+
+
+def open_model(path: str | Path, config: LoadConfig) -> Opened:
+    """Reads headers and the tokenizer, and describes the model.
+
+    Raises:
+        CheckpointError, UnsupportedError: the file is malformed, or nothing that this version runs.
+        UsageError: an option does not fit the model or the machine.
+    """
+    device = torch_device(config)
+    checkpoint = open_checkpoint(path)
+    ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
+    return Opened(
+        checkpoint=checkpoint,
+        model=build_model(checkpoint, ctx),
+        tokenizer=open_tokenizer(checkpoint),
+        ctx=ctx,
+        threads=config.threads or default_threads(),
+        device=device,
+    )
+
+
+def torch_device(config: LoadConfig) -> str | None:
+    """The torch device that `config.device` names, or None for the CPU kernels of ggml.
+
+    Raises:
+        UsageError: no such device, or a VRAM budget without one.
+    """
+    name = config.device
+    if name in ("auto", "cpu"):
+        if config.vram is not None:
+            raise UsageError(f"vram: device {name!r} computes in host memory; choose --device cuda or torch:cpu")
+        return None
+    device = name.removeprefix("torch:")
+    if device != "cpu" and not device.startswith("cuda"):
+        raise UsageError(f"device {name!r}: choose auto, cpu, cuda, cuda:0 or torch:cpu")
+    return device
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Footprint:
+    """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device)."""
+
+    kv_bytes: int
+    workspace_bytes: int
+    device_fixed: dict[str, int] | None = None
+    device_budget_bytes: int | None = None
+
+
+def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
+    """The plan under the configured budgets.
+
+    Raises:
+        BudgetError: a budget is below what the model needs.
+    """
+    rates = machine_rates(opened)
+    # rounded up, so that the minimum that an error names still holds when the process is a little larger next time
+    base = align_up(psutil.Process().memory_info().rss + 4 * MIB, 16 * MIB)
+
+    def demand(budget: int | None) -> Demand:
+        return make_demand(
+            opened.model, ctx=opened.ctx, kv_bytes=footprint.kv_bytes, workspace_bytes=footprint.workspace_bytes,
+            base_bytes=base, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
+        )  # fmt: skip
+
+    least = demand(None)
+    if config.ram == "minimum":
+        return make_plan(least, minimum_budget(least), footprint.device_budget_bytes)
+    budget = config.ram if config.ram is not None else default_budget(base)
+    roomy = demand(budget)
+    return make_plan(roomy if budget >= minimum_budget(roomy) else least, budget, footprint.device_budget_bytes)
+
+
+def default_budget(base_bytes: int) -> int:
+    """What this process uses and what the machine has free, less a tenth and at least a quarter of a GiB for others."""
+    free = available_memory()
+    return base_bytes + free - max(free // 10, GIB // 4)
+
+
+def machine_rates(opened: Opened) -> Rates:
+    """Measured speeds: those that `doctor` cached, else a quick probe of this model's disk and element types."""
+    profile = load_machine()
+    elements = {info.element.name for info in opened.model.matrices.values()}
+    known = dict(profile.kernel_bps) if profile is not None else {}
+    for name in sorted(elements - known.keys()):
+        known[name] = measure_kernel(element_type(name), opened.threads)
+    disk = profile.disk_bps if profile is not None else measure_disk(largest_file(opened.checkpoint), seconds=0.5)
+    return Rates(disk_bps=disk, kernel_bps=known, link_bps=HOST_COPY_BPS)
+
+
+def largest_file(checkpoint: Checkpoint) -> Path:
+    """The file to measure the disk with."""
+    return max(checkpoint.files, key=lambda path: path.stat().st_size)
+
+
+def host_footprint(opened: Opened, kv_type: KVType, workspace_bytes: int) -> Footprint:
+    """The footprint of the ggml backend."""
+    return Footprint(kv_bytes=GgmlBackend.kv_nbytes(opened.model, opened.ctx, kv_type), workspace_bytes=workspace_bytes)
+
+
+def micro_batch_tokens(opened: Opened) -> int:
+    """Tokens of the largest graph."""
+    return min(MICRO_BATCH_TOKENS, opened.ctx)
+
+
+Progress = Callable[[str, int, int], None]
