@@ -23,7 +23,7 @@ from offload.cli.doctor_probe import (
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, QuietOption
 from offload.cli.progress import bars_wanted
-from offload.machine import MachineProfile, host_fingerprint, save_machine
+from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.units import format_rate, format_size
 
 PathArgument = Annotated[
@@ -48,7 +48,7 @@ def doctor(
     del debug
     place = Path.cwd() if path is None else measured_place(resolve_model(path))
     facts = examine(place, seconds, Console(stderr=True, quiet=as_json or not bars_wanted(quiet=quiet)))
-    facts["cached"] = str(save_machine(make_profile(facts)))
+    facts["cached"] = str(save_machine(make_profile(facts, device_id(place))))
     facts["advice"] = list(advice(facts))
     if as_json:
         typer.echo(json.dumps(facts))
@@ -80,11 +80,12 @@ def examine(path: Path, seconds: float, console: Console) -> dict[str, Any]:
     return facts
 
 
-def make_profile(facts: dict[str, Any]) -> MachineProfile:
-    """The measured speeds, as the planner reads them."""
+def make_profile(facts: dict[str, Any], disk: str) -> MachineProfile:
+    """The measured speeds, as the planner reads them; other disks keep what is known of them."""
+    known = load_machine()
     return MachineProfile(
         host=facts["host"],
-        disk_bps=facts["disk"]["engine_bps"],
+        disks_bps={**(known.disks_bps if known is not None else {}), disk: facts["disk"]["engine_bps"]},
         ram_bps=facts["memory"]["bandwidth_bps"],
         kernel_bps=facts["ggml"].get("kernel_bps", {}),
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),

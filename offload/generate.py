@@ -16,6 +16,7 @@ from offload.errors import Cancelled, ContextError, UsageError
 from offload.kernels.batch import Floats, MicroBatch
 from offload.kv import CachedTokens
 from offload.loader import Runner
+from offload.models.text.base import Tokenizer
 from offload.results import Chunk, FinishReason, TokenLogprobs
 from offload.sampling import Sampler
 from offload.stopping import StopMatcher
@@ -45,6 +46,7 @@ class Decoder:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._kv = CachedTokens(runner.opened.ctx)
+        self._constraints: ConstraintCompiler | None = None
 
     def __len__(self) -> int:
         return len(self._kv)
@@ -53,6 +55,12 @@ class Decoder:
     def room(self) -> int:
         """Positions left in the context."""
         return self._kv.capacity - len(self._kv)
+
+    def constraints(self, tokenizer: Tokenizer) -> ConstraintCompiler:
+        """The compiler of grammars for this tokenizer, made once: it costs a fifth of a second."""
+        if self._constraints is None:
+            self._constraints = ConstraintCompiler(tokenizer, self._runner.opened.model.config.vocab_size)
+        return self._constraints
 
     def prefill(self, prompt: Sequence[int], cancel: CancelToken, on_prefill: OnPrefill | None) -> tuple[Floats, int]:
         """Logits [vocab_size] after the prompt, and how many of its tokens were already cached.
@@ -128,7 +136,7 @@ def generate(
             needed_tokens=len(prompt) + 1,
             available_tokens=runner.opened.ctx,
         )
-    sampler, constraint = _make_sampler(runner, config), _make_constraint(runner, config)
+    sampler, constraint = _make_sampler(runner, config), _make_constraint(decoder, runner, config)
     try:
         logits, answer.cached_tokens = decoder.prefill(prompt, cancel, on_prefill)
         sampler.accept_prompt(prompt)
@@ -161,13 +169,12 @@ def _make_sampler(runner: Runner, config: GenerationConfig) -> Sampler:
     return Sampler(config.sampling, opened.model.config.vocab_size, vocab, context=opened.ctx)
 
 
-def _make_constraint(runner: Runner, config: GenerationConfig) -> Constraint | None:
+def _make_constraint(decoder: Decoder, runner: Runner, config: GenerationConfig) -> Constraint | None:
     if config.json_schema is None and config.grammar is None:
         return None
     if runner.opened.tokenizer is None:
         raise UsageError("json_schema and grammar need a tokenizer, and this checkpoint brings none")
-    compiler = ConstraintCompiler(runner.opened.tokenizer, runner.opened.model.config.vocab_size)
-    return compiler.compile(json_schema=config.json_schema, grammar=config.grammar)
+    return decoder.constraints(runner.opened.tokenizer).compile(json_schema=config.json_schema, grammar=config.grammar)
 
 
 class _Writer:

@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 
 from offload.errors import StorageError
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _MEMORY_INFO: Final = Path("/proc/meminfo")
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
@@ -31,14 +31,14 @@ class MachineProfile:
 
     Attributes:
         host: fingerprint of the machine, see `host_fingerprint`.
-        disk_bps: direct reads in the engine's own size and depth.
-        ram_bps: all cores reading host memory.
+        disks_bps: direct reads in the engine's own size and depth, by `device_id` of the disk.
+        ram_bps: all cores reading host memory; 0 when not measured.
         kernel_bps: weights that matrix kernels of the CPU take in at batch 1, by element type; empty when not measured.
         measured_at: ISO 8601, UTC.
     """
 
     host: str
-    disk_bps: float
+    disks_bps: Mapping[str, float]
     ram_bps: float
     kernel_bps: Mapping[str, float]
     measured_at: str
@@ -48,6 +48,11 @@ def host_fingerprint() -> str:
     """Hex digest of the host's name, its processor, its cores and its memory: what the measured speeds depend on."""
     facts = (platform.node(), platform.machine(), cpu_name(), str(os.cpu_count()), _memory_total())
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def device_id(path: Path) -> str:
+    """The disk that holds `path`, as the kernel numbers it. Stable on one machine, which is where a profile is read."""
+    return str(path.stat().st_dev)
 
 
 def cpu_name() -> str:
@@ -77,7 +82,8 @@ def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
         StorageError: the folder cannot be written.
     """
     path = path or profile_path()
-    record = {"format": _FORMAT, **asdict(profile), "kernel_bps": dict(profile.kernel_bps)}
+    mappings = {"kernel_bps": dict(profile.kernel_bps), "disks_bps": dict(profile.disks_bps)}
+    record = {"format": _FORMAT, **asdict(profile), **mappings}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(prefix=".machine-", dir=path.parent)
@@ -108,8 +114,11 @@ def _memory_total() -> str:
 def _parse(record: Any) -> MachineProfile | None:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         return None
-    numbers = [record.get("disk_bps"), record.get("ram_bps"), *_values(record.get("kernel_bps"))]
-    if not all(isinstance(number, int | float) and 0 < number < 1e15 for number in numbers):
+    speeds = [*_values(record.get("disks_bps")), *_values(record.get("kernel_bps"))]
+    if not all(isinstance(number, int | float) and 0 < number < 1e15 for number in speeds):
+        return None
+    ram = record.get("ram_bps")
+    if not isinstance(ram, int | float) or not 0 <= ram < 1e15:
         return None
     texts = [record.get("host"), record.get("measured_at")]
     if not all(isinstance(text, str) for text in texts):

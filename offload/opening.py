@@ -11,12 +11,9 @@ from typing import Final
 import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
-from offload.demand import Rates, make_demand
-from offload.elements import element_type
+from offload.demand import make_demand
 from offload.errors import UsageError
 from offload.kernels.ggml.backend import GgmlBackend
-from offload.kernels.ggml.probe import measure_kernel
-from offload.machine import load_machine
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint
@@ -24,12 +21,11 @@ from offload.models.registry import build_model, default_context
 from offload.models.text import open_tokenizer
 from offload.models.text.base import Tokenizer
 from offload.plan import Demand, Plan, make_plan, minimum_budget
+from offload.rates import machine_rates
 from offload.tiers.cgroup import available_memory
-from offload.tiers.probe import measure_disk
 from offload.units import GIB, MIB, align_up
 
 DEFAULT_CTX: Final = 4096
-HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card; a real card's link is measured by `doctor`
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +104,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     Raises:
         BudgetError: a budget is below what the model needs.
     """
-    rates = machine_rates(opened)
+    rates = machine_rates(opened.checkpoint, opened.model, opened.threads)
     # rounded up, so that the minimum that an error names still holds when the process is a little larger next time
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, 16 * MIB)
 
@@ -130,22 +126,6 @@ def default_budget(base_bytes: int) -> int:
     """What this process uses and what the machine has free, less a tenth and at least a quarter of a GiB for others."""
     free = available_memory()
     return base_bytes + free - max(free // 10, GIB // 4)
-
-
-def machine_rates(opened: Opened) -> Rates:
-    """Measured speeds: those that `doctor` cached, else a quick probe of this model's disk and element types."""
-    profile = load_machine()
-    elements = {info.element.name for info in opened.model.matrices.values()}
-    known = dict(profile.kernel_bps) if profile is not None else {}
-    for name in sorted(elements - known.keys()):
-        known[name] = measure_kernel(element_type(name), opened.threads)
-    disk = profile.disk_bps if profile is not None else measure_disk(largest_file(opened.checkpoint), seconds=0.5)
-    return Rates(disk_bps=disk, kernel_bps=known, link_bps=HOST_COPY_BPS)
-
-
-def largest_file(checkpoint: Checkpoint) -> Path:
-    """The file to measure the disk with."""
-    return max(checkpoint.files, key=lambda path: path.stat().st_size)
 
 
 def host_footprint(opened: Opened, kv_type: KVType, workspace_bytes: int) -> Footprint:

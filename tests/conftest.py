@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from support.demo import demo_model
 
-from offload.machine import MachineProfile, host_fingerprint
+from offload.machine import MachineProfile, device_id, host_fingerprint
 
 
 @pytest.fixture(scope="session")
@@ -14,10 +14,11 @@ def demo() -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plans in tests follow these speeds: no probe runs, and nobody's cached profile is read."""
+def _known_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Plans in tests follow these speeds: no probe runs, and nobody's cached profile is read or written."""
     profile = MachineProfile(
-        host=host_fingerprint(), disk_bps=1e9, ram_bps=2e10, kernel_bps={"F32": 1e10, "Q4_1": 1e10},
+        host=host_fingerprint(), disks_bps={device_id(tmp_path): 1e9}, ram_bps=2e10, kernel_bps={"F32": 1e10, "Q4_1": 1e10},
         measured_at="2026-01-01T00:00:00Z",
     )  # fmt: skip
-    monkeypatch.setattr("offload.opening.load_machine", lambda: profile)
+    monkeypatch.setattr("offload.rates.load_machine", lambda: profile)
+    monkeypatch.setattr("offload.rates.save_machine", lambda _: None)

@@ -35,7 +35,11 @@ def test_it_measures_and_remembers(invoke, data, quick):
     assert {point["depth"] for point in facts["disk"]["points"]} >= {1, 4}
     assert facts["disk"]["engine_bps"] > 0
     profile = load_machine()
-    assert profile is not None and profile.disk_bps == facts["disk"]["engine_bps"] and profile.ram_bps == 20e9
+    assert (
+        profile is not None
+        and list(profile.disks_bps.values()) == [facts["disk"]["engine_bps"]]
+        and profile.ram_bps == 20e9
+    )
     assert profile.kernel_bps == facts["ggml"]["kernel_bps"] and set(profile.kernel_bps) == {"Q4_K"}
 
 

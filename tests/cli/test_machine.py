@@ -12,7 +12,7 @@ from offload.machine import MachineProfile, host_fingerprint, load_machine, save
 def profile():
     return MachineProfile(
         host=host_fingerprint(),
-        disk_bps=1.5e9,
+        disks_bps={"64512": 1.5e9},
         ram_bps=20e9,
         kernel_bps={"Q4_K": 16.6e9},
         measured_at="2026-11-21T00:00:00",
@@ -35,8 +35,9 @@ def test_the_profile_of_another_machine_is_ignored(profile, tmp_path):
     "change",
     [
         {"format": 99},
-        {"disk_bps": 0},
-        {"disk_bps": "fast"},
+        {"disks_bps": {"64512": 0}},
+        {"disks_bps": {"64512": "fast"}},
+        {"disks_bps": None},
         {"ram_bps": float("nan")},
         {"kernel_bps": [1]},
         {"kernel_bps": {"Q4_K": -1}},
@@ -63,6 +64,6 @@ def test_a_failed_write_keeps_the_old_profile_and_leaves_nothing(profile, tmp_pa
 
     monkeypatch.setattr(machine.json, "dump", full)
     with pytest.raises(StorageError, match="No space left"):
-        save_machine(replace(profile, disk_bps=1.0), path)
+        save_machine(replace(profile, ram_bps=1.0), path)
     monkeypatch.undo()
     assert load_machine(path) == profile and [file.name for file in tmp_path.glob(".machine-*")] == []
