@@ -26,6 +26,7 @@ from offload.tiers.cgroup import available_memory
 from offload.units import GIB, MIB, align_up
 
 DEFAULT_CTX: Final = 4096
+_BASE_STEP: Final = 8 * MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,21 +106,23 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         BudgetError: a budget is below what the model needs.
     """
     rates = machine_rates(opened.checkpoint, opened.model, opened.threads)
-    # rounded up, so that the minimum that an error names still holds when the process is a little larger next time
-    base = align_up(psutil.Process().memory_info().rss + 4 * MIB, 16 * MIB)
+    base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
-    def demand(budget: int | None) -> Demand:
+    def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
             opened.model, ctx=opened.ctx, kv_bytes=footprint.kv_bytes, workspace_bytes=footprint.workspace_bytes,
-            base_bytes=base, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
+            base_bytes=base_bytes, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
         )  # fmt: skip
 
-    least = demand(None)
+    # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time
+    named = demand(None, align_up(base, _BASE_STEP) + _BASE_STEP)
     if config.ram == "minimum":
-        return make_plan(least, minimum_budget(least), footprint.device_budget_bytes)
+        return make_plan(named, minimum_budget(named), footprint.device_budget_bytes)
     budget = config.ram if config.ram is not None else default_budget(base)
-    roomy = demand(budget)
-    return make_plan(roomy if budget >= minimum_budget(roomy) else least, budget, footprint.device_budget_bytes)
+    for candidate in (demand(budget, base), demand(None, base)):
+        if budget >= minimum_budget(candidate):
+            return make_plan(candidate, budget, footprint.device_budget_bytes)
+    return make_plan(named, budget, footprint.device_budget_bytes)
 
 
 def default_budget(base_bytes: int) -> int:
