@@ -3,8 +3,9 @@
     python benchmarks/compare.py llama.cpp /tmp/bench/dense-8b.gguf --limit none --limit 3800M --limit 2500M
     python benchmarks/compare.py accelerate /tmp/bench/llama-1b --limit 1800M --peer-tokens 4
 
-Prints medians and writes a dated result file. "disk share" is the rate of our reads while busy over the bandwidth that the
-probe of `offload doctor` measures on the same file in the same round.
+Prints medians and writes a dated result file. "of disk" is the rate of our reads while any was under way, over the bandwidth
+that the probe of `offload doctor` measures on the same file in the same round; "share of limit" is the bytes that a token
+had to read, times tokens per second, over that bandwidth; "other" is the time outside kernels and waits, over the whole.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from offload.tiers.probe import measure_disk
 from offload.units import format_rate, format_size, parse_size
 
 SPEEDS = ["prefill peer", "ours", "ratio", "decode peer", "ours", "**ratio**", "predicted"]
-HEADER = ["limit", *SPEEDS, "read rate", "disk share", "peak peer", "peak ours", "same tokens"]
+HEADER = ["limit", *SPEEDS, "read rate", "of disk", "share of limit", "other", "peak peer", "peak ours", "same tokens"]
 
 
 @dataclass(slots=True)
@@ -46,7 +47,10 @@ class Series:
             ]
         cells.append(rate(middle(self.ours, "predicted_tps"), self.ours))
         read = figure(self.ours, lambda run: run.figures["io"]["nvme->ram"]["bandwidth_bps"])
-        cells += [format_rate(read), f"{read / median(self.disk_bps):.0%}"] if read else ["-", "-"]
+        disk = median(self.disk_bps)
+        needed = figure(self.ours, lambda run: run.figures["streamed_bytes"] * run.figures["decode_tps"])
+        cells += [format_rate(read), f"{read / disk:.0%}", f"{needed / disk:.0%}"] if read else ["-"] * 3
+        cells.append(f"{figure(self.ours, other_share):.1%}")
         cells += [format_size(max(outcome.run.peak_bytes for outcome in side)) for side in (self.peer, self.ours)]
         return [*cells, self.agreement()]
 
@@ -62,6 +66,12 @@ class Series:
 def figure(outcomes: list[Outcome], read: Callable[[Outcome], float]) -> float:
     """Median over the runs that succeeded, 0 when none did."""
     return median([read(outcome) for outcome in outcomes if outcome.figures] or [0.0])
+
+
+def other_share(outcome: Outcome) -> float:
+    """Time outside kernels and waits over the time of all passes."""
+    seconds = outcome.figures["statistics"]
+    return float(seconds["other_s"] / sum(seconds.values()))
 
 
 def middle(outcomes: list[Outcome], name: str) -> float:
