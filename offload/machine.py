@@ -20,7 +20,7 @@ from platformdirs import user_cache_path
 
 from offload.errors import StorageError
 
-_FORMAT: Final = 2
+_FORMAT: Final = 3
 _MEMORY_INFO: Final = Path("/proc/meminfo")
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
@@ -33,7 +33,8 @@ class MachineProfile:
         host: fingerprint of the machine, see `host_fingerprint`.
         disks_bps: direct reads in the engine's own size and depth, by `device_id` of the disk.
         ram_bps: all cores reading host memory; 0 when not measured.
-        kernel_bps: weights that matrix kernels of the CPU take in at batch 1, by element type; empty when not measured.
+        kernel_bps: weights that matrix kernels of the CPU take in at batch 1 on all physical cores, by element type;
+            empty when not measured.
         measured_at: ISO 8601, UTC.
     """
 

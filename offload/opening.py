@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Final
 import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
-from offload.demand import make_demand
+from offload.demand import MARGIN_BYTES, make_demand
 from offload.errors import UsageError
 from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.probe import PROBE_BYTES
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint
@@ -21,7 +21,7 @@ from offload.models.registry import build_model, default_context
 from offload.models.text import open_tokenizer
 from offload.models.text.base import Tokenizer
 from offload.plan import Demand, Plan, make_plan, minimum_budget
-from offload.rates import machine_rates
+from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
 from offload.units import GIB, MIB, align_up
 
@@ -83,12 +83,6 @@ def torch_device(config: LoadConfig) -> str | None:
     return device
 
 
-def default_threads() -> int:
-    """Physical cores that this process may use."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
     """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device)."""
@@ -105,7 +99,10 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     Raises:
         BudgetError: a budget is below what the model needs.
     """
-    rates = machine_rates(opened.checkpoint, opened.model, opened.threads)
+    roomy_probe = config.ram is None or (config.ram != "minimum" and config.ram >= GIB)
+    rates = machine_rates(
+        opened.checkpoint, opened.model, opened.threads, PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2
+    )
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
     def demand(budget: int | None, base_bytes: int) -> Demand:

@@ -1,45 +1,62 @@
-"""The speeds that a plan rests on: what is cached for this machine, and a short probe of what is not, cached in turn."""
+"""The speeds that a plan rests on: what is cached for this machine, and a short probe of what is not.
+
+A disk is probed once, with the first model on it, and remembered. Kernels are remembered by `offload doctor` alone: a probe
+of milliseconds beside other work could be wrong by far, and that must not outlive the load that it was made for.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Final
 
+import psutil
+
 from offload.demand import Rates
 from offload.elements import element_type
 from offload.errors import StorageError
-from offload.kernels.ggml.probe import measure_kernel
+from offload.kernels.ggml.probe import PROBE_BYTES, measure_kernel
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
 from offload.tiers.probe import measure_disk
 
-PROBE_S: Final = 0.5
+DISK_PROBE_S: Final = 0.5
+KERNEL_PROBE_S: Final = 0.03
 HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card
 
 
-def machine_rates(checkpoint: Checkpoint, model: Model, threads: int) -> Rates:
+def machine_rates(checkpoint: Checkpoint, model: Model, threads: int, probe_bytes: int = PROBE_BYTES) -> Rates:
     """The rates for this model: its disk, and the CPU kernels of its element types.
+
+    Args:
+        probe_bytes: memory that a probe of kernels may use.
 
     Raises:
         StorageError: the model's file cannot be read.
     """
-    cached = load_machine()
-    profile = cached or MachineProfile(
+    profile = load_machine() or MachineProfile(
         host=host_fingerprint(), disks_bps={}, ram_bps=0.0, kernel_bps={}, measured_at=_now()
     )
-    kernels = dict(profile.kernel_bps)
-    for name in sorted({info.element.name for info in model.matrices.values()} - kernels.keys()):
-        kernels[name] = measure_kernel(element_type(name), threads)
+    known = profile.kernel_bps if threads == default_threads() else {}
+    kernels = {
+        name: known.get(name) or measure_kernel(element_type(name), threads, seconds=KERNEL_PROBE_S, nbytes=probe_bytes)
+        for name in sorted({info.element.name for info in model.matrices.values()})
+    }
     file = largest_file(checkpoint)
     disk, disks = device_id(file), dict(profile.disks_bps)
     if disk not in disks:
-        disks[disk] = measure_disk(file, seconds=PROBE_S)
-    if len(kernels) > len(profile.kernel_bps) or len(disks) > len(profile.disks_bps):
-        _remember(replace(profile, kernel_bps=kernels, disks_bps=disks, measured_at=_now()))
+        disks[disk] = measure_disk(file, seconds=DISK_PROBE_S)
+        _remember(replace(profile, disks_bps=disks, measured_at=_now()))
     return Rates(disk_bps=disks[disk], kernel_bps=kernels, link_bps=HOST_COPY_BPS)
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, psutil.cpu_count(logical=False) or allowed))
 
 
 def largest_file(checkpoint: Checkpoint) -> Path:

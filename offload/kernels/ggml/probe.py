@@ -11,15 +11,20 @@ from offload.elements import F32, ElementType
 from offload.kernels.ggml.library import load_library
 from offload.units import MIB
 
-ROWS_BYTES: Final = 48 * MIB  # larger than a desktop's last-level cache, so that memory is measured too
+PROBE_BYTES: Final = 192 * MIB
 FEATURES: Final = 4096
+FILL: Final = 0x11  # a normal number in every type; untouched zeros would be one page of memory, read from the cache
 
 
-def measure_kernel(element: ElementType, threads: int, seconds: float = 0.15) -> float:
-    """Bytes of weights per second of a matrix-vector product, best of the runs that fit into `seconds`."""
+def measure_kernel(element: ElementType, threads: int, *, seconds: float = 0.15, nbytes: int = PROBE_BYTES) -> float:
+    """Bytes of weights per second of a matrix-vector product, best of the runs that fit into `seconds`.
+
+    Args:
+        nbytes: of the matrix. One that fits the last-level cache looks a tenth or more faster than a model can be.
+    """
     lib = load_library()
-    rows = max(32, ROWS_BYTES // element.row_bytes(FEATURES))
-    weights = np.zeros(rows * element.row_bytes(FEATURES) + 64, dtype=np.uint8)
+    rows = max(32, nbytes // element.row_bytes(FEATURES))
+    weights = np.full(rows * element.row_bytes(FEATURES) + 64, FILL, dtype=np.uint8)
     vector = np.ones(FEATURES, dtype=np.float32)
     context = lib.context(64 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(64, False))
     backend = lib.ggml_backend_cpu_init()
