@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
 
-from harness.peers import Outcome, drop_page_cache, run_peer
+from harness.peers import PEERS, Outcome, drop_page_cache, run_peer
 from harness.results import table, write
 
 from offload.tiers.probe import measure_disk
@@ -118,7 +118,7 @@ def measure(peer: str, series: Series, options: argparse.Namespace, tokens: int)
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("peer", choices=["llama.cpp", "accelerate"])
+    parser.add_argument("peer", choices=[name for name in PEERS if name != "offload"])
     parser.add_argument("model", type=Path)
     parser.add_argument(
         "--limit", action="append", required=True, help="of the control group, such as 3800M, or none; repeat"

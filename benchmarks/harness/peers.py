@@ -16,9 +16,10 @@ from harness.cgroup import LimitedRun, memory_limited
 from harness.results import ROOT
 
 PEERS: Final = {
-    "llama.cpp": "llama_cpp_decode.py",
-    "accelerate": "accelerate_disk.py",
-    "offload": "offload_decode.py",
+    "llama.cpp": ("llama_cpp_decode.py", "--no-repack"),
+    "llama.cpp-repack": ("llama_cpp_decode.py",),
+    "accelerate": ("accelerate_disk.py",),
+    "offload": ("offload_decode.py",),
 }
 DROP_CACHES: Final = Path("/proc/sys/vm/drop_caches")
 
@@ -50,12 +51,15 @@ def run_peer(
     peer: str, model: Path, *, limit_bytes: int, prompt_tokens: int, tokens: int, ctx: int, timeout_s: float
 ) -> Outcome:
     """Runs `peer` on `model` in a group of `limit_bytes`; 0 stands for the whole machine and no budget."""
-    script = ROOT / "benchmarks" / "peers" / PEERS[peer]
+    name, *options = PEERS[peer]
+    script = ROOT / "benchmarks" / "peers" / name
     sizes = {"--prompt-tokens": prompt_tokens, "--tokens": tokens, "--ctx": ctx, "--memory": limit_bytes}
     flags = [text for name, size in sizes.items() for text in (name, str(size))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     drop_page_cache()
     with memory_limited(limit_bytes or psutil.virtual_memory().total) as group:
-        run = group.run([sys.executable, str(script), str(model), *flags], timeout_s=timeout_s, env=environment)
+        run = group.run(
+            [sys.executable, str(script), str(model), *options, *flags], timeout_s=timeout_s, env=environment
+        )
     lines = [line for line in run.stdout.splitlines() if line.startswith('{"peer"')]
     return Outcome(figures=json.loads(lines[-1]) if run.exit_code == 0 and lines else {}, run=run)

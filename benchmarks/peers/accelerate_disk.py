@@ -10,7 +10,7 @@ import tempfile
 from typing import Any
 
 import torch
-from common import arguments, prompt, report, timed
+from common import argument_parser, prompt, report, timed
 from transformers import AutoModelForCausalLM
 
 RESERVE_BYTES = 900 * 1024**2  # interpreter, torch, transformers, one layer on its way, activations
@@ -42,7 +42,7 @@ def generate(model: Any, tokens: list[int], cache: object, count: int) -> tuple[
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = argument_parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         load_s, model = timed(lambda: load(options, folder))
         ids = prompt(options, model.config.vocab_size)

@@ -13,7 +13,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def arguments(description: str) -> argparse.Namespace:
+def argument_parser(description: str) -> argparse.ArgumentParser:
     """MODEL and the sizes of the run; `memory` is the limit in bytes that the process runs under, 0 for none."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("model", type=Path)
@@ -23,7 +23,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    return parser
 
 
 def prompt(options: argparse.Namespace, vocab_size: int) -> list[int]:

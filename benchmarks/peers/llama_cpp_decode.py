@@ -1,6 +1,9 @@
-"""llama.cpp as it comes: mmap, flash attention, greedy. Prints one line of JSON.
+"""llama.cpp: mmap, flash attention, greedy. Prints one line of JSON.
 
 python benchmarks/peers/llama_cpp_decode.py model.gguf --prompt-tokens 32 --tokens 16
+
+On some processors llama.cpp copies the weights into another layout when it loads ("repacking"), which holds the model in memory
+twice. `--no-repack` computes from the file's own layout, the only way it can run on less memory than the model has bytes.
 """
 
 from __future__ import annotations
@@ -9,7 +12,19 @@ import ctypes
 
 import llama_cpp
 import numpy as np
-from common import arguments, prompt, report, timed
+from common import argument_parser, prompt, report, timed
+
+
+def without_repacking() -> None:
+    """The `Llama` class has no argument for it, so the defaults that it starts from are changed."""
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def changed() -> llama_cpp.llama_model_params:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    llama_cpp.llama_cpp.llama_model_default_params = changed
 
 
 def decode(model: llama_cpp.Llama, tokens: list[int]) -> int:
@@ -38,7 +53,11 @@ def generate(model: llama_cpp.Llama, first: int, count: int) -> list[int]:
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    parser = argument_parser(__doc__)
+    parser.add_argument("--no-repack", action="store_true")
+    options = parser.parse_args()
+    if options.no_repack:
+        without_repacking()
     load_s, model = timed(
         lambda: llama_cpp.Llama(
             str(options.model),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-from common import arguments, prompt, report
+from common import argument_parser, prompt, report
 
 import offload
 
@@ -15,7 +15,7 @@ VOCAB_SIZE = 49152  # the demo model's vocabulary, which every synthetic model h
 
 
 def main() -> None:
-    options = arguments(__doc__)
+    options = argument_parser(__doc__).parse_args()
     with offload.load(options.model, ram=options.memory or None, ctx=options.ctx, threads=options.threads) as engine:
         done = engine.generate(
             prompt(options, VOCAB_SIZE), max_tokens=options.tokens + 1, temperature=0, ignore_eos=True
