@@ -2,12 +2,13 @@
 
 python benchmarks/peers/llama_cpp_decode.py model.gguf --prompt-tokens 32 --tokens 16
 
-On some processors llama.cpp copies the weights into another layout when it loads ("repacking"), which holds the model in memory
-twice. `--no-repack` computes from the file's own layout, the only way it can run on less memory than the model has bytes.
+On some processors llama.cpp copies the weights into another layout when it loads ("repacking"), and holds the model twice.
+`--no-repack` computes from the file's own layout, the only way it can run on less memory than the model has bytes.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 
 import llama_cpp
@@ -38,6 +39,23 @@ def decode(model: llama_cpp.Llama, tokens: list[int]) -> int:
     return int(logits.argmax())
 
 
+def load(options: argparse.Namespace) -> llama_cpp.Llama:
+    """The model after one pass, as llama.cpp's own tools warm up: with mmap nothing is read before it is needed."""
+    model = llama_cpp.Llama(
+        str(options.model),
+        n_ctx=options.ctx,
+        n_batch=512,
+        n_ubatch=512,
+        n_threads=options.threads,
+        n_threads_batch=options.threads,
+        flash_attn=True,
+        verbose=False,
+    )
+    decode(model, [0])
+    llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model.ctx), True)
+    return model
+
+
 def prefill(model: llama_cpp.Llama, tokens: list[int]) -> int:
     """The prompt in batches of 512."""
     batches = [tokens[start : start + 512] for start in range(0, len(tokens), 512)]
@@ -58,18 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.no_repack:
         without_repacking()
-    load_s, model = timed(
-        lambda: llama_cpp.Llama(
-            str(options.model),
-            n_ctx=options.ctx,
-            n_batch=512,
-            n_ubatch=512,
-            n_threads=options.threads,
-            n_threads_batch=options.threads,
-            flash_attn=True,
-            verbose=False,
-        )
-    )
+    load_s, model = timed(lambda: load(options))
     prefill_s, first = timed(lambda: prefill(model, prompt(options, model.n_vocab())))
     decode_s, tokens = timed(lambda: generate(model, first, options.tokens))
     report(
