@@ -56,6 +56,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "compute_s": plan.compute_s,
         "stream_s": plan.stream_s,
         "predicted_tps": plan.predicted_tps,
+        "predicted_full_context_tps": plan.predicted_tps_at(plan.ctx),
         "bound": plan.bound,
         "ctx": plan.ctx,
         "prefill_tokens_per_pass": plan.prefill_tokens_per_pass,
@@ -93,6 +94,9 @@ def verdict(plan: Plan) -> Iterator[str]:
         yield f"{edge}: {moved}" + (f" at {format_rate(bandwidth_bps)}" if plan.streamed_bytes else "")
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
     yield f"About {plan.predicted_tps:.3g} tokens/s, bound by {plan.bound} ({times})"
+    at_end = plan.predicted_tps_at(plan.ctx)
+    if at_end < 0.95 * plan.predicted_tps:
+        yield f"At the end of the full context of {plan.ctx} tokens: about {at_end:.3g} tokens/s"
     if plan.predicted_tps < 1:
         yield f"That is slow, a token every {format_duration(1 / plan.predicted_tps)}, and works"
     yield f"Context {plan.ctx} tokens; a prompt is read in passes of {plan.prefill_tokens_per_pass} tokens"

@@ -22,11 +22,15 @@ LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Speeds of the machine in bytes/s: the disk, kernels by element type at batch 1, host memory to the device."""
+    """Speeds of the machine in bytes/s: the disk, kernels by element type at batch 1, host memory to the device.
+
+    `attention_s` is what one token spends on one cached position of one layer.
+    """
 
     disk_bps: float
     kernel_bps: Mapping[str, float]
     link_bps: float = 0.0
+    attention_s: float = 0.0
 
 
 def model_blocks(model: Model) -> tuple[BlockSpec, ...]:
@@ -100,6 +104,7 @@ def make_demand(
             key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
         fixed=fixed,
         compute_s=compute_seconds(model, rates),
+        attention_s=attention_seconds(model, rates, ctx),
         disk_bps=rates.disk_bps,
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
@@ -109,10 +114,15 @@ def make_demand(
 
 
 def compute_seconds(model: Model, rates: Rates) -> float:
-    """Kernel time of one token: every matrix once, at the rate of its type."""
+    """Kernel time of one token at the start of a context: every matrix once, at the rate of its type."""
     default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
     matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in model.matrices.values())
     return matrices + model.config.num_layers * LAYER_OVERHEAD_S
+
+
+def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:
+    """What attention adds to a token at the end of a full context."""
+    return rates.attention_s * sum(min(window or ctx, ctx) for window in model.config.sliding_windows)
 
 
 def _vector_nbytes(model: Model, name: str) -> int:

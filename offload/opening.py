@@ -11,6 +11,7 @@ import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
 from offload.demand import MARGIN_BYTES, make_demand
+from offload.elements import element_type
 from offload.errors import UsageError
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.kernels.ggml.probe import PROBE_BYTES
@@ -101,7 +102,11 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     """
     roomy_probe = config.ram is None or (config.ram != "minimum" and config.ram >= GIB)
     rates = machine_rates(
-        opened.checkpoint, opened.model, opened.threads, PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2
+        opened.checkpoint,
+        opened.model,
+        element_type(config.kv_type.upper()),
+        opened.threads,
+        PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2,
     )
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 

@@ -31,7 +31,8 @@ class Demand:
         stages: per stage, indices into `blocks`.
         embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
-        compute_s: kernel time of one decoded token.
+        compute_s: kernel time of one decoded token at the start of the context.
+        attention_s: what attention adds to it at the end of a full context.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
     """
@@ -41,6 +42,7 @@ class Demand:
     embedding: BlockSpec | None
     fixed: Mapping[str, int]
     compute_s: float
+    attention_s: float = 0.0
     disk_bps: float
     ctx: int
     prefill_tokens_per_pass: int
@@ -86,8 +88,17 @@ class Plan:
 
     @property
     def predicted_tps(self) -> float:
-        """Decoded tokens per second: computing and reading overlap, so the longer of the two decides."""
-        return 1 / max(self.compute_s, self.stream_s, 1e-9)
+        """Decoded tokens per second at the start of the context."""
+        return self.predicted_tps_at(0)
+
+    def predicted_tps_at(self, position: int) -> float:
+        """Decoded tokens per second behind `position` tokens.
+
+        Computing and reading overlap, so the longer of the two decides; attention's share of computing grows with the
+        position (a sliding window's, which stops growing, counts as if it grew evenly).
+        """
+        attention_s = self.demand.attention_s * min(1.0, position / self.ctx)
+        return 1 / max(self.compute_s + attention_s, self.stream_s, 1e-9)
 
     @property
     def bound(self) -> Literal["disk", "link", "compute"]:

@@ -15,9 +15,9 @@ from typing import Final
 import psutil
 
 from offload.demand import Rates
-from offload.elements import element_type
+from offload.elements import ElementType, element_type
 from offload.errors import StorageError
-from offload.kernels.ggml.probe import PROBE_BYTES, measure_kernel
+from offload.kernels.ggml.probe import PROBE_BYTES, measure_attention, measure_kernel
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
@@ -28,8 +28,10 @@ KERNEL_PROBE_S: Final = 0.03
 HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card
 
 
-def machine_rates(checkpoint: Checkpoint, model: Model, threads: int, probe_bytes: int = PROBE_BYTES) -> Rates:
-    """The rates for this model: its disk, and the CPU kernels of its element types.
+def machine_rates(
+    checkpoint: Checkpoint, model: Model, kv_element: ElementType, threads: int, probe_bytes: int = PROBE_BYTES
+) -> Rates:
+    """The rates for this model: its disk, the CPU kernels of its element types, attention in its shape.
 
     Args:
         probe_bytes: memory that a probe of kernels may use.
@@ -50,7 +52,10 @@ def machine_rates(checkpoint: Checkpoint, model: Model, threads: int, probe_byte
     if disk not in disks:
         disks[disk] = measure_disk(file, seconds=DISK_PROBE_S)
         _remember(replace(profile, disks_bps=disks, measured_at=_now()))
-    return Rates(disk_bps=disks[disk], kernel_bps=kernels, link_bps=HOST_COPY_BPS)
+    return Rates(
+        disk_bps=disks[disk], kernel_bps=kernels, link_bps=HOST_COPY_BPS,
+        attention_s=measure_attention(model.config, kv_element, threads, seconds=KERNEL_PROBE_S),
+    )
 
 
 def default_threads() -> int:

@@ -95,14 +95,13 @@ class Scheduler:
             cancel.raise_if_cancelled()
         self._residency.acquire(step.pinned, step.streamed, cancel)
         arrived = perf_counter()
-        for batch in range(num_batches):
-            self._backend.run(step.segment, batch)
-        computed = perf_counter()
-        self._residency.release(step.streamed)
         telemetry = self._telemetry
         telemetry.wait_s += arrived - asked
-        telemetry.compute_s += computed - arrived
-        if telemetry.timeline is not None:
-            telemetry.span("compute", step.name, arrived, computed)
-            if step.streamed:
-                telemetry.span("wait", step.name, asked, arrived)
+        if step.streamed:
+            telemetry.span("wait", step.name, asked, arrived)
+        for batch in range(num_batches):
+            kernels_s = self._backend.run(step.segment, batch)
+            telemetry.compute_s += kernels_s
+            now = perf_counter()
+            telemetry.span("compute", step.name, now - kernels_s, now)
+        self._residency.release(step.streamed)

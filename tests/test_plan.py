@@ -89,3 +89,13 @@ def test_streamed_blocks_are_spread_over_the_pass() -> None:
     plan = make_plan(need, full_budget(need) - 100 * MIB)
     layers = sorted(key.layer for key in plan.streamed)
     assert max(b - a for a, b in pairwise(layers)) <= 6
+
+
+def test_attention_slows_a_token_that_computing_bounds_and_not_one_that_reading_bounds() -> None:
+    need = replace(demand(), attention_s=0.05)
+    resident, streamed = make_plan(need, full_budget(need)), make_plan(need, minimum_budget(need))
+    assert resident.predicted_tps == pytest.approx(20.0)
+    assert resident.predicted_tps_at(need.ctx // 2) == pytest.approx(1 / 0.075)
+    assert resident.predicted_tps_at(need.ctx) == resident.predicted_tps_at(2 * need.ctx) == pytest.approx(10.0)
+    assert streamed.bound == "disk"
+    assert streamed.predicted_tps_at(need.ctx) == streamed.predicted_tps

@@ -27,7 +27,7 @@ def main() -> None:
         prefill_tps=done.timings.prefill_tps,
         decode_tps=done.timings.decode_tps,
         tokens=list(done.tokens),
-        predicted_tps=plan.predicted_tps,
+        predicted_tps=plan.predicted_tps_at(options.prompt_tokens + options.tokens // 2),
         streamed_bytes=plan.streamed_bytes,
         io={edge: asdict(use) | {"bandwidth_bps": use.bandwidth_bps} for edge, use in done.io.items()},
         statistics={"compute_s": statistics.compute_s, "wait_s": statistics.wait_s, "other_s": statistics.other_s},

@@ -52,8 +52,8 @@ class Backend(Protocol):
         """Starts a pass over `batches` with the embedded tokens, [total tokens, hidden_size] float32, copied."""
         ...
 
-    def run(self, segment: Segment, batch: int) -> None:
-        """Advances micro-batch number `batch` through the segment.
+    def run(self, segment: Segment, batch: int) -> float:
+        """Advances micro-batch number `batch` through the segment; returns the seconds spent inside kernels.
 
         Raises:
             Cancelled: `abort` asked for it in the middle of the computation.

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from io import StringIO
 
 import pytest
@@ -47,6 +48,13 @@ def test_a_resident_plan_streams_nothing_and_sells_nothing(demand):
     text = drawn(plan)
     assert one_more(plan) is None and "One more GiB" not in text and "disk, streamed" not in text
     assert "nothing: all weights stay in memory" in text and "5 tokens/s, bound by compute" in text
+
+
+def test_what_a_full_context_costs_is_said_where_it_is_felt(demand):
+    assert "full context" not in drawn(make_plan(demand, 8 * GIB))
+    slower = make_plan(replace(demand, attention_s=0.2), 8 * GIB)
+    assert "end of the full context of 4096 tokens: about 2.5 tokens/s" in drawn(slower)
+    assert plan_json(slower)["predicted_full_context_tps"] == pytest.approx(2.5)
 
 
 def test_json_adds_up(demand):

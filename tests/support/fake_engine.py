@@ -47,6 +47,9 @@ class FakePlan:
         SimpleNamespace(key=BlockKey("weight", 1, "blk.1.ffn_up.weight"), tier="nvme", nbytes=3 * GIB),
     )
 
+    def predicted_tps_at(self, position: int) -> float:
+        return self.predicted_tps
+
     def with_budget(self, nbytes: int) -> FakePlan:
         pinned = min(self.model_bytes, max(0, nbytes - 2 * GIB))
         streamed = self.model_bytes - pinned

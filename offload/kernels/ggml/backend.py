@@ -14,12 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from time import perf_counter
 from typing import Final
 
 import numpy as np
 
 from offload.config import MICRO_BATCH_TOKENS, KVType
-from offload.elements import F16, F32
+from offload.elements import F16, F32, element_type
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import Floats, MicroBatch, Segment
 from offload.kernels.ggml.inputs import KV_BUCKET, BatchInputs, bucket
@@ -30,6 +31,8 @@ from offload.units import align_up
 
 GRAPHS_PER_SEGMENT: Final = 4  # decode and prefill, for this KV bucket and the one before
 ANCHOR_NBYTES: Final = 1 << 46
+I32: Final = 26  # ggml's numbers of the integer types, which no weight has
+I64: Final = 27
 
 
 @dataclass(slots=True)
@@ -54,7 +57,8 @@ class GgmlBackend:
         self._lib: Library = load_library()
         self._model = model
         self._ctx = ctx
-        self._kv_element = F16 if kv_type == "f16" else F32
+        self._kv_type: KVType = kv_type
+        self._kv_element = element_type(kv_type.upper())
         self._backend = self._lib.ggml_backend_cpu_init()
         self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
         self._allocator = self._lib.ggml_gallocr_new(self._lib.ggml_backend_cpu_buffer_type())
@@ -85,15 +89,13 @@ class GgmlBackend:
     @staticmethod
     def kv_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
         """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket)."""
-        config, element = model.config, F16 if kv_type == "f16" else F32
+        config, element = model.config, element_type(kv_type.upper())
         per_token = 2 * config.num_kv_heads * config.head_dim * element.block_bytes
         return config.num_layers * per_token * align_up(ctx, KV_BUCKET)
 
     def place_cache(self, address: int) -> None:
         """Puts the KV cache at `address`; the memory must be zeroed (masked keys are still multiplied)."""
-        each = self.kv_nbytes(self._model, self._ctx, "f16" if self._kv_element is F16 else "f32") // len(
-            self._kv_cells
-        )
+        each = self.kv_nbytes(self._model, self._ctx, self._kv_type) // len(self._kv_cells)
         for index, cell in enumerate(self._kv_cells):
             cell.value = address + index * each
 
@@ -138,20 +140,23 @@ class GgmlBackend:
         if self._logits.size < wanted:
             self._logits = np.empty(wanted, np.float32)
 
-    def run(self, segment: Segment, batch: int) -> None:
+    def run(self, segment: Segment, batch: int) -> float:
         """See `Backend.run`."""
         inputs = self._inputs[batch]
         graph = self._graph_for(segment, inputs)
         if graph is None:
-            return
+            return 0.0
         self._point(graph, inputs, batch)
+        start = perf_counter()
         status = self._lib.ggml_backend_graph_compute(self._backend, graph.graph)
+        kernels_s = perf_counter() - start
         if status == STATUS_ABORTED:
             raise Cancelled("cancelled")
         if status != STATUS_SUCCESS:
             raise BackendError(f"ggml: stages {segment.first} to {segment.last} failed with status {status}")
         if graph.hidden_out is not None:
             self._parity[batch] ^= 1
+        return kernels_s
 
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
@@ -232,22 +237,9 @@ class GgmlBackend:
         stages = model.stages[segment.first : segment.last]
         if not inputs.batch.outputs:
             stages = stages[: max(0, model.first_output_stage - segment.first)]
-        capacity = 64 * len(stages) + 64
-        context = lib.context(
-            capacity * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(capacity, False) + 4096
-        )
-        graph = lib.ggml_new_graph_custom(context, capacity, False)
-        tokens, outputs = inputs.batch.num_tokens, len(inputs.outputs)
-        leaves = GraphInputs(
-            positions=lib.ggml_new_tensor_1d(context, 26, tokens),
-            rows=lib.ggml_new_tensor_1d(context, 27, tokens),
-            outputs=lib.ggml_new_tensor_1d(context, 26, outputs),
-            masks={
-                window: lib.ggml_new_tensor_2d(context, F16.ggml_id, inputs.kv_length, tokens)
-                for window in self._windows
-            },
-        )
-        rows = tokens if segment.first < model.first_output_stage else outputs
+        context, graph = self._empty_graph(64 * len(stages) + 64)
+        leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
+        rows = inputs.batch.num_tokens if segment.first < model.first_output_stage else outputs
         hidden_in = lib.ggml_new_tensor_2d(context, F32.ggml_id, model.config.hidden_size, rows)
         cells = {name: self._anchored(getattr(leaves, name)) for name in ("positions", "rows", "outputs")}
         masks = {window: self._anchored(tensor) for window, tensor in leaves.masks.items()}
@@ -269,6 +261,26 @@ class GgmlBackend:
         hidden_out = None if x.tensor == hidden_in or is_last else self._result(graph, x)
         self._allocate(graph)
         return _Graph(context, graph, cells, masks, hidden_in_cell, hidden_out, parts)
+
+    def _empty_graph(self, capacity: int) -> tuple[int, int]:
+        """A context for `capacity` tensors, and a graph in it."""
+        lib = self._lib
+        context = lib.context(
+            capacity * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(capacity, False) + 4096
+        )
+        return context, lib.ggml_new_graph_custom(context, capacity, False)
+
+    def _leaves(self, context: int, inputs: BatchInputs) -> GraphInputs:
+        lib, tokens = self._lib, inputs.batch.num_tokens
+        return GraphInputs(
+            positions=lib.ggml_new_tensor_1d(context, I32, tokens),
+            rows=lib.ggml_new_tensor_1d(context, I64, tokens),
+            outputs=lib.ggml_new_tensor_1d(context, I32, len(inputs.outputs)),
+            masks={
+                window: lib.ggml_new_tensor_2d(context, F16.ggml_id, inputs.kv_length, tokens)
+                for window in self._windows
+            },
+        )
 
     def _result(self, graph: int, node: Node) -> ctypes.c_uint64:
         cell = self._anchored(node.tensor)

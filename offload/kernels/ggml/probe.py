@@ -1,19 +1,23 @@
-"""How fast this machine's CPU multiplies: bytes of weights per second at batch 1, by element type."""
+"""How fast this machine's CPU is on what decoding consists of: matrix-vector products, and attention over the cache."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
-from offload.elements import F32, ElementType
+from offload.elements import F16, F32, ElementType
 from offload.kernels.ggml.library import load_library
-from offload.units import MIB
+from offload.models.base import ModelConfig
+from offload.units import MIB, PAGE, align_up
 
 PROBE_BYTES: Final = 192 * MIB
 FEATURES: Final = 4096
 FILL: Final = 0x11  # a normal number in every type; untouched zeros would be one page of memory, read from the cache
+POSITIONS: Final = 1024
 
 
 def measure_kernel(element: ElementType, threads: int, *, seconds: float = 0.15, nbytes: int = PROBE_BYTES) -> float:
@@ -22,34 +26,83 @@ def measure_kernel(element: ElementType, threads: int, *, seconds: float = 0.15,
     Args:
         nbytes: of the matrix. One that fits the last-level cache looks a tenth or more faster than a model can be.
     """
-    lib = load_library()
     rows = max(32, nbytes // element.row_bytes(FEATURES))
-    weights = np.full(rows * element.row_bytes(FEATURES) + 64, FILL, dtype=np.uint8)
-    vector = np.ones(FEATURES, dtype=np.float32)
-    context = lib.context(64 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(64, False))
-    backend = lib.ggml_backend_cpu_init()
-    allocator = lib.ggml_gallocr_new(lib.ggml_backend_cpu_buffer_type())
-    anchors = []
-    try:
-        lib.ggml_backend_cpu_set_n_threads(backend, threads)
-        matrix = lib.ggml_new_tensor_2d(context, element.ggml_id, FEATURES, rows)
-        x = lib.ggml_new_tensor_2d(context, F32.ggml_id, FEATURES, 1)
-        for tensor, array in ((matrix, weights), (x, vector)):
-            address = -(-array.ctypes.data // 32) * 32 if array is weights else array.ctypes.data
-            anchors.append(lib.ggml_backend_cpu_buffer_from_ptr(address - address % 64, array.nbytes + 64))
-            lib.ggml_backend_tensor_alloc(anchors[-1], tensor, address)
-        graph = lib.ggml_new_graph_custom(context, 64, False)
-        lib.ggml_build_forward_expand(graph, lib.ggml_mul_mat(context, matrix, x))
-        lib.ggml_gallocr_alloc_graph(allocator, graph)
+    with _scratch(threads) as scratch:
+        matrix = scratch.tensor(element, FEATURES, rows)
+        vector = scratch.tensor(F32, FEATURES, 1)
+        best_s = scratch.best_seconds(scratch.lib.ggml_mul_mat(scratch.context, matrix, vector), seconds)
+    return rows * element.row_bytes(FEATURES) / best_s
+
+
+def measure_attention(config: ModelConfig, kv_element: ElementType, threads: int, *, seconds: float = 0.03) -> float:
+    """Seconds that one token spends on one cached position of one layer: attention's time grows with both."""
+    dim, width = config.head_dim, config.num_kv_heads * config.head_dim
+    row, head = kv_element.row_bytes(width), kv_element.row_bytes(dim)
+    with _scratch(threads) as scratch:
+        lib, context = scratch.lib, scratch.context
+        query = lib.ggml_reshape_3d(context, scratch.tensor(F32, dim, config.num_heads), dim, config.num_heads, 1)
+        key, value = (
+            lib.ggml_view_3d(
+                context, scratch.tensor(kv_element, width, POSITIONS), dim, POSITIONS, config.num_kv_heads, row, head, 0
+            )
+            for _ in range(2)
+        )
+        mask = scratch.tensor(F16, POSITIONS, 1)
+        node = lib.ggml_flash_attn_ext(
+            context, lib.ggml_permute(context, query, 0, 2, 1, 3), key, value, mask, dim**-0.5, 0.0, 0.0
+        )
+        return scratch.best_seconds(node, seconds) / POSITIONS
+
+
+class _Scratch:
+    """Tensors over memory of our own, and a CPU backend that runs one graph of them again and again."""
+
+    def __init__(self, lib: Any, context: int, threads: int) -> None:
+        self.lib = lib
+        self.context = context
+        self._backend = lib.ggml_backend_cpu_init()
+        self._allocator = lib.ggml_gallocr_new(lib.ggml_backend_cpu_buffer_type())
+        self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
+        self._anchors: list[int] = []
+        lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
+
+    def tensor(self, element: ElementType, features: int, rows: int) -> int:
+        """A matrix of normal numbers."""
+        nbytes = align_up(rows * element.row_bytes(features), 64)
+        memory = np.full(nbytes + PAGE, FILL, dtype=np.uint8)
+        address = align_up(memory.ctypes.data, PAGE)
+        tensor: int = self.lib.ggml_new_tensor_2d(self.context, element.ggml_id, features, rows)
+        self._memory.append(memory)
+        self._anchors.append(self.lib.ggml_backend_cpu_buffer_from_ptr(address, nbytes))
+        self.lib.ggml_backend_tensor_alloc(self._anchors[-1], tensor, address)
+        return tensor
+
+    def best_seconds(self, node: int, seconds: float) -> float:
+        """The shortest of the runs that fit into `seconds`; others may have shared the processor with somebody."""
+        graph = self.lib.ggml_new_graph_custom(self.context, 64, False)
+        self.lib.ggml_build_forward_expand(graph, node)
+        self.lib.ggml_gallocr_alloc_graph(self._allocator, graph)
         best, end = float("inf"), perf_counter() + seconds
         while perf_counter() < end or best == float("inf"):
             start = perf_counter()
-            lib.ggml_backend_graph_compute(backend, graph)
+            self.lib.ggml_backend_graph_compute(self._backend, graph)
             best = min(best, perf_counter() - start)
+        return best
+
+    def close(self) -> None:
+        for anchor in self._anchors:
+            self.lib.ggml_backend_buffer_free(anchor)
+        self.lib.ggml_gallocr_free(self._allocator)
+        self.lib.ggml_backend_free(self._backend)
+
+
+@contextmanager
+def _scratch(threads: int) -> Iterator[_Scratch]:
+    lib = load_library()
+    context = lib.context(64 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(64, False))
+    scratch = _Scratch(lib, context, threads)
+    try:
+        yield scratch
     finally:
-        for anchor in anchors:
-            lib.ggml_backend_buffer_free(anchor)
-        lib.ggml_gallocr_free(allocator)
+        scratch.close()
         lib.ggml_free(context)
-        lib.ggml_backend_free(backend)
-    return rows * element.row_bytes(FEATURES) / best
