@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import ceil
 from typing import Final
 
 from offload.blocks import BlockKey, BlockSpec
@@ -15,7 +16,8 @@ from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
 MARGIN_BYTES: Final = 64 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
-MAX_MICRO_BATCHES: Final = 4
+MAX_MICRO_BATCHES: Final = 8
+BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
 LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
 
@@ -50,11 +52,17 @@ def is_tied(model: Model) -> bool:
     return any(head.extent.path == table.path and head.extent.offset == table.offset for head in heads)
 
 
-def micro_batches_per_pass(micro_batch_bytes: int, budget_bytes: int | None) -> int:
-    """Micro-batches that share one reading of the weights: more where 2% of the budget holds them, at least one."""
+def micro_batches_per_pass(
+    micro_batch_bytes: int, budget_bytes: int | None, reading_s: float, computing_s: float
+) -> int:
+    """Micro-batches that share one reading of the weights: as many as take longer to compute than the reading does.
+
+    Memory for more would be taken from the weights that stay. At most what 2% of the budget holds, at least one.
+    """
     if budget_bytes is None:
         return 1
-    return max(1, min(MAX_MICRO_BATCHES, budget_bytes // 50 // micro_batch_bytes))
+    wanted = ceil(reading_s / computing_s)
+    return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // 50 // micro_batch_bytes))
 
 
 def micro_batch_nbytes(model: Model, ctx: int) -> int:
@@ -87,8 +95,12 @@ def make_demand(
         tuple(index[BlockKey("weight", stage.layer, name)] for name in stage.matrices) for stage in model.stages
     )
     per_batch = micro_batch_nbytes(model, ctx)
-    per_pass = micro_batches_per_pass(per_batch, budget_bytes)
     rows = min(MICRO_BATCH_TOKENS, ctx)
+    compute_s = compute_seconds(model, rates)
+    missing = max(0, sum(block.footprint for block in blocks) + kv_bytes + base_bytes - (budget_bytes or 0))
+    per_pass = micro_batches_per_pass(
+        per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP
+    )
     fixed = {
         "base": base_bytes,
         "margin": MARGIN_BYTES,
@@ -103,7 +115,7 @@ def make_demand(
         embedding=None if is_tied(model) else BlockSpec(
             key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
         fixed=fixed,
-        compute_s=compute_seconds(model, rates),
+        compute_s=compute_s,
         attention_s=attention_seconds(model, rates, ctx),
         disk_bps=rates.disk_bps,
         link_bps=rates.link_bps,

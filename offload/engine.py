@@ -261,11 +261,11 @@ class Engine:
     ) -> Completion:  # fmt: skip
         self._check()
         runner, before = self._open_runner, self._io()
-        runner.backend.set_abort(lambda: cancel.cancelled)
+        runner.backend.set_cancel(cancel)
         try:
             answer = self._guard(lambda: generate(self._decoder, runner, tokens, request, cancel, emit, on_prefill))
         finally:
-            runner.backend.set_abort(None)
+            runner.backend.set_cancel(None)
         return self._completion(answer, before)
 
     def _completion(self, answer: Answer, before: Mapping[str, EdgeUse]) -> Completion:

@@ -15,7 +15,7 @@ from typing import Final, Literal, NamedTuple
 
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.errors import BudgetError
-from offload.prefetch.sequential import ring_capacity, streaming_order
+from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
 from offload.units import format_size
 
 DEFAULT_DISK_BPS: Final = 1.0e9
@@ -205,21 +205,32 @@ def _device(demand: Demand, budget: int) -> _Share:
 
 
 def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """A roomier ring hides latency, a smaller one pins more: the roomiest that streams at most 2% more than the least."""
-    shares = [share for slack in RING_SLACKS if (share := _choose(demand, available, slack, members)) is not None]
+    """The roomiest ring that streams at most 2% more than the least.
+
+    A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
+    """
+    orders = [streaming_order(demand.blocks, limit) for limit in reversed(block_limits(demand.blocks))]
+    shares = [
+        share
+        for slack in RING_SLACKS
+        for order in orders
+        if (share := _choose(demand, available, slack, members, order)) is not None
+    ]
     if not shares:
         return None
     least = min(_nbytes(demand, share.streamed) for share in shares)
     return next(share for share in shares if _nbytes(demand, share.streamed) <= 1.02 * least)
 
 
-def _choose(demand: Demand, available: int, slack: float, members: frozenset[int]) -> _Share | None:
-    """Streams as few of `members` as this slack allows, or None when they do not fit."""
+def _choose(
+    demand: Demand, available: int, slack: float, members: frozenset[int], order: Sequence[int]
+) -> _Share | None:
+    """Streams as few of `members`, in this order, as the slack allows, or None when they do not fit."""
     pinned = _nbytes(demand, members)
     if pinned <= available:
         return _Share(members, frozenset(), 0)
     streamed: set[int] = set()
-    for index in streaming_order(demand.blocks):
+    for index in order:
         if index not in members:
             continue
         streamed.add(index)

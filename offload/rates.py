@@ -53,7 +53,9 @@ def machine_rates(
         disks[disk] = measure_disk(file, seconds=DISK_PROBE_S)
         _remember(replace(profile, disks_bps=disks, measured_at=_now()))
     return Rates(
-        disk_bps=disks[disk], kernel_bps=kernels, link_bps=HOST_COPY_BPS,
+        disk_bps=disks[disk],
+        kernel_bps=kernels,
+        link_bps=HOST_COPY_BPS,
         attention_s=measure_attention(model.config, kv_element, threads, seconds=KERNEL_PROBE_S),
     )
 

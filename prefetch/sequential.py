@@ -16,8 +16,20 @@ from offload.blocks import BlockSpec
 GOLDEN: Final = 0.6180339887498949
 
 
-def streaming_order(blocks: Sequence[BlockSpec]) -> list[int]:
+def block_limits(blocks: Sequence[BlockSpec]) -> list[int]:
+    """Largest footprints that a plan may want to stream, ascending: the size of each role's largest block."""
+    largest: dict[str, int] = defaultdict(int)
+    for block in blocks:
+        largest[_role(block)] = max(largest[_role(block)], block.footprint)
+    return sorted(set(largest.values()))
+
+
+def streaming_order(blocks: Sequence[BlockSpec], limit: int | None = None) -> list[int]:
     """Indices of `blocks`, first to be streamed first.
+
+    Args:
+        limit: leaves out roles with a block whose footprint is larger. Small blocks need a small ring, which matters
+            where nearly everything is pinned; large ones are fewer steps.
 
     Blocks of one role (same name in every layer) are taken together, the role with the most bytes first, and within a role
     in the golden-ratio order of their layers: every prefix of that sequence is spread almost evenly (Weyl's low-discrepancy
@@ -26,6 +38,8 @@ def streaming_order(blocks: Sequence[BlockSpec]) -> list[int]:
     roles: dict[str, list[int]] = defaultdict(list)
     for index, block in enumerate(blocks):
         roles[_role(block)].append(index)
+    if limit is not None:
+        roles = {role: found for role, found in roles.items() if max(blocks[i].footprint for i in found) <= limit}
     order: list[int] = []
     for _, members in sorted(roles.items(), key=lambda role: (-sum(blocks[i].nbytes for i in role[1]), role[0])):
         order += [members[place] for place in spread(len(members))]

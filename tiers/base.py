@@ -9,6 +9,7 @@ ended nobody writes into the destination any more.
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Callable
@@ -27,14 +28,20 @@ OnRead = Callable[[float, float, int, Path, int], None]
 
 
 class CancelToken:
-    """Set once by any thread, seen by every wait that was given it."""
+    """Set once by any thread, seen by every wait that was given it, and by native code that looks at `flag`.
 
-    __slots__ = ("_event",)
+    Attributes:
+        flag: a C string, empty until cancelled and of one character afterwards.
+    """
+
+    __slots__ = ("_event", "flag")
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.flag = ctypes.create_string_buffer(2)
 
     def cancel(self) -> None:
+        self.flag[0] = b"!"
         self._event.set()
 
     @property

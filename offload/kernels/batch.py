@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from offload.tiers.base import CancelToken
 
 Floats = npt.NDArray[np.float32]
 
@@ -56,7 +58,7 @@ class Backend(Protocol):
         """Advances micro-batch number `batch` through the segment; returns the seconds spent inside kernels.
 
         Raises:
-            Cancelled: `abort` asked for it in the middle of the computation.
+            Cancelled: the token asked for it in the middle of the computation.
             BackendError: a kernel failed.
         """
         ...
@@ -65,8 +67,8 @@ class Backend(Protocol):
         """Logits of the batch's outputs after the last segment, [num_outputs, vocab_size] float32, a copy."""
         ...
 
-    def set_abort(self, abort: Callable[[], bool] | None) -> None:
-        """A function asked between kernels whether to stop; None asks nothing."""
+    def set_cancel(self, cancel: CancelToken | None) -> None:
+        """A token that is looked at between kernels; None looks at nothing."""
         ...
 
     def close(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from time import perf_counter
@@ -27,6 +27,7 @@ from offload.kernels.ggml.inputs import KV_BUCKET, BatchInputs, bucket
 from offload.kernels.ggml.library import STATUS_ABORTED, STATUS_SUCCESS, AbortCallback, Library, load_library
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
 from offload.models.base import Model
+from offload.tiers.base import CancelToken
 from offload.units import align_up
 
 GRAPHS_PER_SEGMENT: Final = 4  # decode and prefill, for this KV bucket and the one before
@@ -77,9 +78,10 @@ class GgmlBackend:
         self._vectors: dict[str, Floats] = {}
         self._graphs: OrderedDict[tuple[int, int, int, int, int], _Graph] = OrderedDict()
         self._max_graphs = 8
-        self._abort_callback: object = None
+        self._cancel: CancelToken | None = None
         self._inputs: list[BatchInputs] = []
         self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
+        self._hidden_addresses = [0, 0]
         self._parity: list[int] = []
         self._offsets: list[int] = []
         self._logits = np.empty(0, np.float32)
@@ -129,6 +131,7 @@ class GgmlBackend:
         if self._hidden[0].size < hidden.size:
             self._hidden = (np.empty(hidden.size, np.float32), np.empty(hidden.size, np.float32))
         self._hidden[0][: hidden.size] = hidden.reshape(-1)
+        self._hidden_addresses = [buffer.ctypes.data for buffer in self._hidden]
         self._inputs = [
             BatchInputs(batch, bucket(batch.kv_length, align_up(self._ctx, KV_BUCKET)), self._windows)
             for batch in batches
@@ -170,10 +173,13 @@ class GgmlBackend:
             start += width
         return result
 
-    def set_abort(self, abort: Callable[[], bool] | None) -> None:
-        """See `Backend.set_abort`. Asked between graph nodes, from the computing thread."""
-        self._abort_callback = AbortCallback(lambda _: abort()) if abort is not None else AbortCallback()
-        self._lib.ggml_backend_cpu_set_abort_callback(self._backend, self._abort_callback, None)
+    def set_cancel(self, cancel: CancelToken | None) -> None:
+        """See `Backend.set_cancel`. ggml looks between the nodes of a graph."""
+        self._cancel = cancel  # ggml keeps the address of its flag
+        callback, flag = (
+            (AbortCallback(), None) if cancel is None else (self._lib.is_set, ctypes.addressof(cancel.flag))
+        )
+        self._lib.ggml_backend_cpu_set_abort_callback(self._backend, callback, flag)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -301,14 +307,13 @@ class GgmlBackend:
 
     def _point(self, graph: _Graph, inputs: BatchInputs, batch: int) -> None:
         parity, offset = self._parity[batch], self._offsets[batch]
-        graph.inputs["positions"].value = inputs.positions.ctypes.data
-        graph.inputs["rows"].value = inputs.rows.ctypes.data
-        graph.inputs["outputs"].value = inputs.outputs.ctypes.data
+        for name, cell in graph.inputs.items():
+            cell.value = inputs.addresses[name]
         for window, cell in graph.masks.items():
-            cell.value = inputs.masks[window].ctypes.data
-        graph.hidden_in.value = self._hidden[parity].ctypes.data + offset
+            cell.value = inputs.mask_addresses[window]
+        graph.hidden_in.value = self._hidden_addresses[parity] + offset
         if graph.hidden_out is not None:
-            graph.hidden_out.value = self._hidden[parity ^ 1].ctypes.data + offset
+            graph.hidden_out.value = self._hidden_addresses[parity ^ 1] + offset
         outputs = len(inputs.batch.outputs)
         for number, cell in graph.parts:
             cell.value = self._logits.ctypes.data + 4 * outputs * self._part_start(number)

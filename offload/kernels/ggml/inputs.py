@@ -30,6 +30,8 @@ class BatchInputs:
         # a graph without outputs still ends in one row, which nobody reads
         self.outputs = np.array(batch.outputs or (0,), dtype=np.int32)
         self.masks = {window: _mask(self.positions, kv_length, window) for window in windows}
+        self.addresses = {name: getattr(self, name).ctypes.data for name in ("positions", "rows", "outputs")}
+        self.mask_addresses = {window: mask.ctypes.data for window, mask in self.masks.items()}
 
 
 def _mask(positions: npt.NDArray[np.int32], kv_length: int, window: int | None) -> npt.NDArray[np.float16]:

@@ -108,6 +108,7 @@ class Library:
         self._bind(self._open("ggml-base"), _BASE)
         self._bind(self._open("ggml-cpu"), _CPU)
         self.data_offset = self._find_data_offset()
+        self.is_set = _strlen()
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:  # only for names that _bind did not set
         raise AttributeError(f"ggml function {name} is not in the table of library.py")
@@ -157,6 +158,16 @@ class Library:
     def data_cell(self, tensor: int) -> ctypes.c_uint64:
         """The tensor's data pointer, writable: `cell.value = address` moves the tensor."""
         return ctypes.c_uint64.from_address(tensor + self.data_offset)
+
+
+def _strlen() -> object:
+    """The C function, as something to ask whether to abort.
+
+    Given the address of a flag that is an empty string until it is set, it answers 0 or 1, and, unlike a function in
+    Python, needs neither the interpreter nor its lock for that, hundreds of times per token.
+    """
+    c = ctypes.cdll.msvcrt if sys.platform == "win32" else ctypes.CDLL(None)
+    return ctypes.cast(c.strlen, AbortCallback)
 
 
 @cache

@@ -5,19 +5,20 @@ Matrices stay as stored in the arena and are decoded to float32 when they are us
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from time import perf_counter
 
 import numpy as np
 import torch
 
 from offload.config import KVType
-from offload.errors import BackendError, Cancelled
+from offload.errors import BackendError
 from offload.kernels.batch import Floats, MicroBatch, Segment
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
 from offload.models.base import Model
+from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
 from offload.tiers.vram import DeviceTier
 
@@ -35,7 +36,7 @@ class TorchBackend:
         self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.head_dim, dtype, tier.device)
         self._offsets: dict[str, int] = {}
         self._vectors: dict[str, torch.Tensor] = {}
-        self._abort: Callable[[], bool] | None = None
+        self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
         self._ops: list[TorchOps] = []
         self._hidden: list[torch.Tensor] = []
@@ -79,14 +80,14 @@ class TorchBackend:
 
     @torch.inference_mode()
     def run(self, segment: Segment, batch: int) -> float:
-        """See `Backend.run`. Asks to abort between stages; torch's own dispatch counts as kernels."""
+        """See `Backend.run`. Looks at the cancel token between stages; torch's own dispatch counts as kernels."""
         start = perf_counter()
         wanted = bool(self._batches[batch].outputs)
         for index in range(segment.first, segment.last):
             if index >= self._model.first_output_stage and not wanted:
                 break
-            if self._abort is not None and self._abort():
-                raise Cancelled("cancelled")
+            if self._cancel is not None:
+                self._cancel.raise_if_cancelled()
             stage = self._model.stages[index]
             result = stage.forward(self._ops[batch], self._hidden[batch])
             if stage.layer < 0:
@@ -100,9 +101,9 @@ class TorchBackend:
         rows: Floats = torch.cat(self._parts[batch], dim=-1).cpu().numpy()
         return rows
 
-    def set_abort(self, abort: Callable[[], bool] | None) -> None:
-        """See `Backend.set_abort`."""
-        self._abort = abort
+    def set_cancel(self, cancel: CancelToken | None) -> None:
+        """See `Backend.set_cancel`."""
+        self._cancel = cancel
 
     def close(self) -> None:
         """See `Backend.close`."""
