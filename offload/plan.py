@@ -209,7 +209,7 @@ def _device(demand: Demand, budget: int) -> _Share:
 
 
 def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """The roomiest ring that streams at most 2% more than the least.
+    """The roomiest ring that streams at most 5% more than the least.
 
     A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
     """
@@ -223,7 +223,7 @@ def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | N
     if not shares:
         return None
     least = min(_nbytes(demand, share.streamed) for share in shares)
-    return next(share for share in shares if _nbytes(demand, share.streamed) <= 1.02 * least)
+    return next(share for share in shares if _nbytes(demand, share.streamed) <= 1.05 * least)
 
 
 def _choose(

@@ -53,7 +53,7 @@ def test_the_minimum_works_and_a_byte_less_does_not(layers: int) -> None:
 def test_more_memory_never_streams_more(step: int) -> None:
     need = demand()
     low = minimum_budget(need) + step * 4 * MIB
-    assert make_plan(need, low + 4 * MIB).streamed_bytes <= make_plan(need, low).streamed_bytes * 1.02
+    assert make_plan(need, low + 4 * MIB).streamed_bytes <= make_plan(need, low).streamed_bytes * 1.05
 
 
 def test_everything_is_pinned_when_it_fits() -> None:
