@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from offload.blocks import BlockSpec
+from offload.units import align_down
 
 GOLDEN: Final = 0.6180339887498949
 
@@ -56,7 +57,7 @@ def spread(count: int) -> list[int]:
 
 
 def ring_capacity(stage_needs: Sequence[Sequence[int]], slack: float) -> int:
-    """Bytes of a circular buffer through which the streamed blocks of all stages can pass.
+    """Bytes of a circular buffer, whole pages, through which the streamed blocks of all stages can pass.
 
     Args:
         stage_needs: per stage, the footprints of its streamed blocks.
@@ -67,7 +68,7 @@ def ring_capacity(stage_needs: Sequence[Sequence[int]], slack: float) -> int:
     """
     largest_stage = max((sum(needs) for needs in stage_needs), default=0)
     largest_block = max((need for needs in stage_needs for need in needs), default=0)
-    return int(largest_stage * (1 + slack)) + largest_block
+    return largest_stage + align_down(int(largest_stage * slack)) + largest_block
 
 
 def _role(block: BlockSpec) -> str:
