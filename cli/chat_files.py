@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 import tempfile
 from pathlib import Path
 from typing import Any, Final
@@ -33,7 +34,11 @@ def chat_path(name: str) -> Path:
         return Path(name).expanduser()
     if not _NAME.fullmatch(name):
         raise UsageError(f"chat name {name!r}: use letters, digits, dots and dashes, or a path with a slash")
-    return user_data_path("offload") / "chats" / f"{name}.json"
+    return _chats_folder() / f"{name}.json"
+
+
+def _chats_folder() -> Path:
+    return user_data_path("offload") / "chats"
 
 
 def history_path() -> Path:
@@ -52,16 +57,30 @@ def history_path() -> Path:
 def save_chat(path: Path, messages: Messages, *, model: str, options: dict[str, Any]) -> None:
     """Write a chat. On return it is on the disk; on an error the earlier file is untouched.
 
+    A symlink is followed and stays. The folder of named chats is made when it is missing, any other must exist.
+
     Raises:
+        UsageError: no such folder, or something that is no regular file lies there.
         StorageError: no space, no permission, an I/O error.
     """
     chat = {"format": FORMAT, "model": model, "messages": messages, "options": options}
     try:
-        write_private(path, json.dumps(chat, ensure_ascii=False, indent=1).encode())
+        if path.parent == _chats_folder():
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_private(_regular_place(path), json.dumps(chat, ensure_ascii=False, indent=1).encode())
     except OSError as error:
         raise StorageError(
             f"cannot save the chat to {path}: {error.strerror}", path=str(path), errno=error.errno
         ) from error
+
+
+def _regular_place(path: Path) -> Path:
+    place = Path(os.path.realpath(path))  # a rename over a symlink would replace the link and not its target
+    if not place.parent.is_dir():
+        raise UsageError(f"cannot save the chat to {path}: no such folder {place.parent}")
+    if os.path.lexists(place) and not stat.S_ISREG(place.lstat().st_mode):
+        raise UsageError(f"cannot save the chat to {path}: it is not a regular file; choose another place")
+    return place
 
 
 def load_chat(path: Path) -> tuple[Messages, dict[str, Any]]:
@@ -73,7 +92,10 @@ def load_chat(path: Path) -> tuple[Messages, dict[str, Any]]:
         StorageError: it cannot be read.
     """
     try:
-        if path.stat().st_size > _LARGEST_CHAT:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a device or a pipe may never end
+            raise CheckpointError(f"{path}: not a saved chat (not a regular file)", path=str(path))
+        if status.st_size > _LARGEST_CHAT:
             raise CheckpointError(f"{path}: larger than any chat (limit 64 MiB)", path=str(path))
         chat = json.loads(path.read_bytes())
     except FileNotFoundError as error:
@@ -101,7 +123,6 @@ def _is_chat(chat: Any) -> bool:
 
 def write_private(path: Path, content: bytes) -> None:
     """Replace `path` by `content` atomically and durably: temporary file, sync, rename, sync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp's mode is 0600
     try:
         with os.fdopen(descriptor, "wb") as file:

@@ -22,9 +22,49 @@ def save(path, messages=MESSAGES):
 
 
 def test_what_is_saved_is_loaded(tmp_path):
-    save(tmp_path / "new" / "chat.json")
-    assert load_chat(tmp_path / "new" / "chat.json") == (MESSAGES, {"seed": 1, "stop": ["x"]})
-    assert (tmp_path / "new" / "chat.json").stat().st_mode & 0o777 == 0o600
+    save(tmp_path / "chat.json")
+    assert load_chat(tmp_path / "chat.json") == (MESSAGES, {"seed": 1, "stop": ["x"]})
+    assert (tmp_path / "chat.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_the_folder_of_named_chats_is_made_and_no_other(tmp_path):
+    save(chat_path("trip"))
+    assert load_chat(chat_path("trip"))[0] == MESSAGES
+    with pytest.raises(UsageError, match="no such folder"):
+        save(tmp_path / "new" / "chat.json")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="symlinks need a privilege there")
+def test_a_symlink_stays_and_its_target_is_written(tmp_path):
+    (tmp_path / "target.json").write_text("old")
+    (tmp_path / "link.json").symlink_to("target.json")
+    save(tmp_path / "link.json")
+    assert (tmp_path / "link.json").is_symlink() and load_chat(tmp_path / "target.json")[0] == MESSAGES
+
+
+def make_pipe(path):
+    os.mkfifo(path)
+
+
+def make_folder(path):
+    path.mkdir()
+
+
+def make_loop(path):
+    path.symlink_to(path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX files")
+@pytest.mark.parametrize("make", [make_pipe, make_folder, make_loop])
+def test_what_is_no_regular_file_is_neither_replaced_nor_read(tmp_path, make):
+    make(tmp_path / "there")
+    kind = (tmp_path / "there").lstat().st_mode
+    with pytest.raises(UsageError, match="not a regular file"):
+        save(tmp_path / "there")
+    assert (tmp_path / "there").lstat().st_mode == kind
+    with pytest.raises((CheckpointError, StorageError)):
+        load_chat(tmp_path / "there")
 
 
 def test_a_word_lies_in_the_data_folder_and_a_path_where_it_says(tmp_path):

@@ -138,7 +138,7 @@ def test_a_failed_save_is_one_line_and_the_chat_goes_on(terminal):
     screen.type("hi\r")
     screen.wait_for("capital.")
     screen.type("/save /proc/nowhere/chat.json\r")
-    screen.wait_for("error: cannot save the chat")
+    screen.wait_for("error: cannot save the chat to /proc/nowhere")
     screen.type("/bye\r")
     assert screen.leave() == 0
 
