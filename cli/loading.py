@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from offload.cli.models import resolve_model
-from offload.cli.options import LoadOptions
+from offload.cli.options import LoadOptions, PlanOptions
 from offload.cli.progress import Bars
 
 if TYPE_CHECKING:
@@ -41,6 +41,6 @@ def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterato
                 engine.write_trace(options.trace)
 
 
-def make_plan(model: Path | None, options: LoadOptions) -> Plan:
+def make_plan(model: Path | None, options: PlanOptions) -> Plan:
     """The plan for the model, without loading its weights."""
     return cast("Plan", _engine_module().plan_model(resolve_model(model), **options.planning()))

@@ -6,6 +6,7 @@ defaults. Knows nothing of what the values do.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
@@ -24,6 +25,19 @@ _ANSWER: Final = "Answer"
 def _remember_debug(ctx: typer.Context, value: bool) -> bool:
     ctx.meta[_DEBUG] = value
     return value
+
+
+def _check_trace(path: Path | None) -> Path | None:
+    """The trace is written at the end, by a rename; what would fail then is refused before the model is loaded."""
+    if path is None:
+        return None
+    if not path.parent.is_dir():
+        raise UsageError(f"--trace {path}: no such folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise UsageError(f"--trace {path}: it is not a regular file; name a file to write")
+    if not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--trace {path}: the folder {path.parent} is not writable; choose another place")
+    return path
 
 
 def debug_requested(ctx: Any) -> bool:
@@ -70,8 +84,8 @@ QuietOption = Annotated[
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoadOptions:
-    """How to open the model: the arguments of `offload.load`."""
+class PlanOptions:
+    """Where the model may lie: the arguments that planning and loading share."""
 
     ram: Annotated[
         str | None,
@@ -86,15 +100,9 @@ class LoadOptions:
     kv_type: Annotated[KVType, _memory("--kv-type", about="Element type of the KV cache.", env="OFFLOAD_KV_TYPE")] = (
         KVType.f16
     )
-    trace: Annotated[
-        Path | None,
-        _memory(
-            "--trace", about="Write a timeline of compute, waits and reads (Chrome or Perfetto).", env="OFFLOAD_TRACE"
-        ),
-    ] = None
 
     def planning(self) -> dict[str, Any]:
-        """Arguments that planning and loading share."""
+        """The options by the names of `offload.load`'s arguments."""
         return {
             "ram": self.ram,
             "vram": self.vram,
@@ -103,6 +111,23 @@ class LoadOptions:
             "threads": self.threads,
             "kv_type": self.kv_type.value,
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadOptions(PlanOptions):
+    """How to open the model: the arguments of `offload.load`."""
+
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            "--trace",
+            help="Write a timeline of compute, waits and reads (Chrome or Perfetto).",
+            envvar="OFFLOAD_TRACE",
+            show_default=False,
+            rich_help_panel=_MEMORY,
+            callback=_check_trace,
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

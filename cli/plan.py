@@ -15,7 +15,7 @@ from rich.text import Text
 
 from offload.cli.grouping import grouped
 from offload.cli.loading import make_plan
-from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument
+from offload.cli.options import DebugOption, JsonOption, ModelArgument, PlanOptions
 from offload.units import GIB, format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -35,11 +35,11 @@ _PARTS: Final = (
 
 @grouped
 def plan(
-    load: LoadOptions, model: ModelArgument = None, as_json: JsonOption = False, debug: DebugOption = False
+    memory: PlanOptions, model: ModelArgument = None, as_json: JsonOption = False, debug: DebugOption = False
 ) -> None:
     """Show what would lie where in memory, and how fast it would run."""
     del debug
-    found = make_plan(model, load)
+    found = make_plan(model, memory)
     if as_json:
         typer.echo(json.dumps(plan_json(found)))
     else:

@@ -79,3 +79,8 @@ def test_a_budget_below_the_minimum_is_bad_usage(invoke, engine_module, model):
     engine_module.failure = BudgetError("--ram 1 MiB: needs at least 1.50 GiB", budget_bytes=1, minimum_bytes=2)
     result = invoke("plan", model, "--ram", "1M")
     assert result.exit_code == 2 and "at least 1.50 GiB" in result.stderr
+
+
+def test_a_plan_has_no_trace(invoke, engine_module, model, tmp_path):
+    result = invoke("plan", model, "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 2 and "--trace" in result.stderr

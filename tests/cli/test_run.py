@@ -1,4 +1,5 @@
 import json
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -68,6 +69,24 @@ def test_trace_is_written_also_when_the_answer_fails(invoke, engine_module, mode
     assert result.exit_code == 1
     assert engine_module.loads[0]["trace"] is True
     assert engine_module.engine.traces == [tmp_path / "trace.json"]
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [("absent/trace.json", "no such folder"), (".", "not a regular file"), (os.devnull, "not a regular file")],
+)
+def test_a_trace_that_cannot_be_written_is_refused_before_loading(
+    invoke, engine_module, model, tmp_path: Path, place, words
+):
+    result = invoke("run", model, "-p", "x", "--trace", tmp_path / place)
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert engine_module.loads == []
+
+
+def test_a_trace_in_a_folder_that_is_not_writable_is_refused(invoke, engine_module, model, tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.cli.options.os.access", lambda path, mode: mode != os.W_OK)
+    result = invoke("run", model, "-p", "x", env={"OFFLOAD_TRACE": str(tmp_path / "trace.json")})
+    assert result.exit_code == 2 and "not writable" in result.stderr and engine_module.loads == []
 
 
 @pytest.mark.parametrize(
