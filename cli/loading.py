@@ -10,11 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
 from offload.cli.models import resolve_model
 from offload.cli.options import LoadOptions, PlanOptions
 from offload.cli.progress import Bars
+
+OPENING: Final = "opening the model"
+PHASES: Final = {"load": "reading the weights"}
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -29,8 +32,14 @@ def _engine_module() -> Any:
 def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterator[Engine]:
     """Load the model, and write the trace when it was asked for, also after an error."""
     path = resolve_model(model)
+    bars.update(OPENING, 0, None)
+
+    def loading(phase: str, done: int, total: int) -> None:
+        bars.end(OPENING)
+        bars.update(PHASES.get(phase, phase), done, total)
+
     engine: Engine = _engine_module().load(
-        path, **options.planning(), trace=options.trace is not None, progress=bars.update
+        path, **options.planning(), trace=options.trace is not None, progress=loading
     )
     with engine:
         bars.stop()

@@ -57,7 +57,8 @@ def default_context(checkpoint: Checkpoint) -> int:
 def _family(checkpoint: Checkpoint) -> Family:
     family = FAMILIES.get(checkpoint.architecture)
     if family is None:
-        raise UnsupportedError(
-            f"{checkpoint.path}: architecture {checkpoint.architecture!r} is not one of {', '.join(sorted(FAMILIES))}"
-        )
+        known = f"this version runs {', '.join(sorted(FAMILIES))}"
+        experts = any("expert" in key for key in (*checkpoint.metadata, *checkpoint.tensors))
+        kind = " is a mixture of experts, which is not supported yet" if experts else " is not supported"
+        raise UnsupportedError(f"{checkpoint.path}: architecture {checkpoint.architecture!r}{kind}; {known}")
     return family

@@ -19,11 +19,17 @@ if TYPE_CHECKING:
     from offload.config import SamplingConfig as SamplingConfig
     from offload.engine import Engine as Engine
     from offload.engine import load as load
+    from offload.errors import AllocationError as AllocationError
+    from offload.errors import BackendError as BackendError
     from offload.errors import BudgetError as BudgetError
     from offload.errors import Cancelled as Cancelled
     from offload.errors import CheckpointError as CheckpointError
+    from offload.errors import ClosedError as ClosedError
+    from offload.errors import ContextError as ContextError
     from offload.errors import OffloadError as OffloadError
     from offload.errors import StorageError as StorageError
+    from offload.errors import UnsupportedError as UnsupportedError
+    from offload.errors import UsageError as UsageError
     from offload.results import Chunk as Chunk
     from offload.results import Completion as Completion
 
@@ -35,11 +41,17 @@ _HOME = {
     "SamplingConfig": "config",
     "Engine": "engine",
     "load": "engine",
+    "AllocationError": "errors",
+    "BackendError": "errors",
     "BudgetError": "errors",
     "Cancelled": "errors",
     "CheckpointError": "errors",
+    "ClosedError": "errors",
+    "ContextError": "errors",
     "OffloadError": "errors",
     "StorageError": "errors",
+    "UnsupportedError": "errors",
+    "UsageError": "errors",
     "Chunk": "results",
     "Completion": "results",
 }

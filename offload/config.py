@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Final, Literal
 
 from offload.errors import UsageError
@@ -11,6 +12,7 @@ from offload.units import MIB, parse_size
 
 KVType = Literal["f16", "f32"]
 MINIMUM: Final = "minimum"
+MAX_THREADS: Final = 512  # ggml's own limit
 
 MICRO_BATCH_TOKENS: Final = 256
 """Tokens that one graph computes in prefill. Fixed, never a function of the budget: the partition of a prompt decides which
@@ -20,6 +22,28 @@ model 512 computes no faster (61 to 63 tokens/s, against 61 to 65) in twice the 
 READ_BYTES: Final = 8 * MIB  # one disk request; 2 to 8 MiB measured alike, larger ones delay cancellation
 READ_WORKERS: Final = 4  # threads with a request in flight; one to four measured alike on dense models
 HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix moves in parts of at most this size, lest it set the ring's
+
+
+def _check_number(name: str, value: object, low: float, high: float, *, whole: bool) -> None:
+    """
+    Raises:
+        UsageError: not a number (not a whole one), or out of bounds. NaN is out of bounds.
+    """
+    number = None if isinstance(value, bool) else value
+    if not isinstance(number, Real) or (whole and not isinstance(number, Integral)):
+        raise UsageError(f"{name}={value!r}: must be a {'whole ' if whole else ''}number")
+    if not low <= float(number) <= high:
+        raise UsageError(f"{name}={value}: must lie between {low} and {high}")
+
+
+def _check_bias(bias: object) -> None:
+    """
+    Raises:
+        UsageError: not numbers by token id. The range of both is the sampler's business.
+    """
+    entries = bias.items() if isinstance(bias, Mapping) else [(None, None)]
+    if not all(isinstance(token, Integral) and isinstance(value, Real) for token, value in entries):
+        raise UsageError(f"logit_bias={bias!r}: give a number for each token id, such as {{42: -1.5}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +72,13 @@ class LoadConfig:
     trace: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, least in (("ctx", self.ctx, 1), ("threads", self.threads, 1), ("workers", self.workers, 1)):
-            if value is not None and value < least:
-                raise UsageError(f"{name}={value}: must be at least {least}")
+        for name, value, most in (
+            ("ctx", self.ctx, 2**31 - 1),
+            ("threads", self.threads, MAX_THREADS),
+            ("workers", self.workers, MAX_THREADS),
+        ):
+            if value is not None:
+                _check_number(name, value, 1, most, whole=True)
         if self.kv_type not in ("f16", "f32"):
             raise UsageError(f"kv_type={self.kv_type!r}: choose f16 or f32")
 
@@ -112,10 +140,15 @@ class SamplingConfig:
             ("dry_allowed_length", self.dry_allowed_length, 0, 2**31 - 1),
             ("dry_multiplier", self.dry_multiplier, 0.0, 1e3),
             ("dry_base", self.dry_base, 0.0, 1e3),
+            ("top_n_sigma", self.top_n_sigma, -1.0, 1e3),
+            ("mirostat_tau", self.mirostat_tau, 0.0, 1e3),
+            ("mirostat_eta", self.mirostat_eta, 0.0, 1e3),
         )
         for name, value, low, high in bounds:
-            if not low <= value <= high:
-                raise UsageError(f"{name}={value}: must lie between {low} and {high}")
+            _check_number(name, value, low, high, whole=isinstance(low, int))
+        _check_bias(self.logit_bias)
+        if not all(isinstance(text, str) for text in self.dry_sequence_breakers):
+            raise UsageError(f"dry_sequence_breakers={self.dry_sequence_breakers!r}: give strings")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,11 +173,15 @@ class GenerationConfig:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        if self.max_tokens is not None and self.max_tokens < 0:
-            raise UsageError(f"max_tokens={self.max_tokens}: must not be negative")
-        if self.logprobs is not None and not 0 <= self.logprobs <= 100:
-            raise UsageError(f"logprobs={self.logprobs}: must lie between 0 and 100")
+        for name, count, most in (("max_tokens", self.max_tokens, 2**31 - 1), ("logprobs", self.logprobs, 100)):
+            if count is not None:
+                _check_number(name, count, 0, most, whole=True)
         if self.json_schema is not None and self.grammar is not None:
             raise UsageError("json_schema and grammar: give one of the two")
+        if not all(isinstance(text, str) for text in self.stop):
+            raise UsageError(f"stop={self.stop!r}: give a string, or several")
+        for name, text in (("json_schema", self.json_schema), ("grammar", self.grammar)):
+            if not isinstance(text, str | None):
+                raise UsageError(f"{name}: give it as text")
         if any(not text for text in self.stop):
             raise UsageError("stop: an empty stop string would end every answer at once")

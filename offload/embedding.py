@@ -51,10 +51,10 @@ class EmbeddingTable:
             UsageError: a token id outside of the vocabulary.
             StorageError: a row could not be read.
         """
-        ids = np.asarray(tokens, dtype=np.int64)
         vocab, hidden = self._table.shape
-        if ids.size and (ids.min() < 0 or ids.max() >= vocab):
-            raise UsageError(f"token ids must lie in 0 .. {vocab - 1}; got {int(ids.min())} .. {int(ids.max())}")
+        if tokens and (min(tokens) < 0 or max(tokens) >= vocab):
+            raise UsageError(f"token ids must lie in 0 .. {vocab - 1}; got {min(tokens)} .. {max(tokens)}")
+        ids = np.asarray(tokens, dtype=np.int64)
         raw = self._resident[ids] if self._resident is not None else self._read(ids, cancel)
         values = dequantize(np.ascontiguousarray(raw).reshape(-1), self._table.element, ids.size * hidden)
         if self._scale != 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import fields
+from operator import index
 from pathlib import Path
 from time import perf_counter
 from types import TracebackType
@@ -94,9 +95,9 @@ def make_request(options: Mapping[str, Any]) -> GenerationConfig:
     general = {name: value for name, value in options.items() if name not in _SAMPLING}
     if isinstance(general.get("stop"), str):
         general["stop"] = (general["stop"],)
-    if "stop" in general:
-        general["stop"] = tuple(general["stop"])
     try:
+        if "stop" in general:
+            general["stop"] = tuple(general["stop"])
         return GenerationConfig(sampling=SamplingConfig(**sampling), **general)
     except TypeError as error:
         raise UsageError(f"generation options: {error}") from None
@@ -150,9 +151,9 @@ class Engine:
         """`stream` for asyncio: `async for chunk in engine.astream("text")`."""
         return iterate(self.stream(prompt, **options))
 
-    def logits(self, tokens: Sequence[int]) -> Floats:
-        """Logits after every token, float32 [len(tokens), vocab_size]."""
-        ids = [int(token) for token in tokens]
+    def logits(self, tokens: Prompt) -> Floats:
+        """Logits after every token of a prompt, float32 [num_tokens, vocab_size]."""
+        ids = self._tokens(tokens)
 
         def work() -> Floats:
             self._check()
@@ -307,13 +308,15 @@ class Engine:
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
             return self._need_tokenizer().encode(prompt)
+        if isinstance(prompt, bytes | bytearray):
+            raise UsageError("prompt: bytes are no text; decode them first")
         try:
             items = list(prompt)
-            if items and isinstance(items[0], Mapping):
-                return self._render(items)
-            return [int(item) for item in items]  # type: ignore[call-overload]
-        except (TypeError, ValueError):
+            is_chat = bool(items) and all(isinstance(item, Mapping) for item in items)
+            ids = [] if is_chat else [index(item) for item in items]  # type: ignore[arg-type]
+        except TypeError:
             raise UsageError("prompt: give a text, token ids, or chat messages") from None
+        return self._render(items) if is_chat else ids
 
     def _render(self, messages: Sequence[Any]) -> list[int]:
         tokenizer = self._need_tokenizer()

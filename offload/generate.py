@@ -72,6 +72,8 @@ class Decoder:
             raise UsageError("the prompt is empty: give at least one token")
         cached = self._kv.reuse(prompt)
         per_pass = self._runner.plan.prefill_tokens_per_pass
+        if on_prefill is not None:
+            on_prefill(0, len(prompt) - cached)
         for start in range(cached, len(prompt), per_pass):
             stop = min(start + per_pass, len(prompt))
             batches = _micro_batches(start, stop, MICRO_BATCH_TOKENS)

@@ -10,9 +10,9 @@ from typing import Final
 import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
-from offload.demand import MARGIN_BYTES, make_demand
+from offload.demand import MARGIN_BYTES, make_demand, micro_batch_nbytes
 from offload.elements import element_type
-from offload.errors import UsageError
+from offload.errors import BudgetError, UsageError
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.kernels.ggml.probe import PROBE_BYTES
 from offload.models.base import Model
@@ -24,7 +24,7 @@ from offload.models.text.base import Tokenizer
 from offload.plan import Demand, Plan, make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
-from offload.units import GIB, MIB, align_up
+from offload.units import GIB, MIB, align_up, format_size
 
 DEFAULT_CTX: Final = 4096
 _BASE_STEP: Final = 8 * MIB
@@ -53,18 +53,36 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
     Raises:
         CheckpointError, UnsupportedError: the file is malformed, or nothing that this version runs.
         UsageError: an option does not fit the model or the machine.
+        BudgetError: a context that the machine's memory cannot hold.
     """
     device = torch_device(config)
     checkpoint = open_checkpoint(path)
     ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
+    model = build_model(checkpoint, ctx)
+    _check_context(ctx, GgmlBackend.kv_nbytes(model, ctx, config.kv_type) + micro_batch_nbytes(model, ctx))
     return Opened(
         checkpoint=checkpoint,
-        model=build_model(checkpoint, ctx),
+        model=model,
         tokenizer=open_tokenizer(checkpoint),
         ctx=ctx,
         threads=config.threads or default_threads(),
         device=device,
     )
+
+
+def _check_context(ctx: int, needed: int) -> None:
+    """Refuses at once what no budget of this machine could hold; what the budget holds is the plan's business.
+
+    Raises:
+        BudgetError: cache and attention masks alone are larger than the machine.
+    """
+    machine = psutil.virtual_memory().total
+    if needed > machine:
+        raise BudgetError(
+            f"--ctx {ctx}: its KV cache needs {format_size(needed)}, this machine has {format_size(machine)}; lower --ctx",
+            budget_bytes=machine,
+            minimum_bytes=needed,
+        )
 
 
 def torch_device(config: LoadConfig) -> str | None:

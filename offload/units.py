@@ -12,7 +12,7 @@ MIB: Final = 1024**2
 GIB: Final = 1024**3
 PAGE: Final = 4096  # direct I/O offset, length and address granularity that every supported file system accepts
 
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?|\.[0-9]+)\s*([kmgt]?)(i?b|)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{0,18})?|\.[0-9]{1,18})\s*([kmgt]?)(i?b|)\s*", re.IGNORECASE)
 _POWER = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
@@ -28,7 +28,7 @@ def parse_size(text: str | int) -> int:
         if text < 0:
             raise UsageError(f"size {text}: a size cannot be negative")
         return text
-    match = _SIZE.fullmatch(str(text))
+    match = _SIZE.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise UsageError(f"size {text!r}: expected a number with a unit, such as 3GiB, 3000M or 512k")
     number, unit, _ = match.groups()

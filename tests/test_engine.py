@@ -17,7 +17,7 @@ from support.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
 
 import offload
 from offload.engine import Engine
-from offload.errors import ClosedError, ContextError, UsageError
+from offload.errors import BudgetError, ClosedError, ContextError, UsageError
 from offload.plan import Demand, Plan, full_budget, make_plan, minimum_budget
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 90, 40)]
@@ -182,13 +182,26 @@ def test_long_prompts_pass_in_chunks_and_match_the_short_way(engine: Engine) -> 
         ("x", {"tempreature": 1}, UsageError, "tempreature"),
         ("x", {"json_schema": "{"}, UsageError, "json_schema"),
         (3.5, {}, UsageError, "prompt"),
+        ([1.5], {}, UsageError, "prompt"),
+        ([2**70], {}, UsageError, "token ids"),
+        ([{"role": "user"}, 5], {}, UsageError, "chat messages"),
+        ("x", {"mirostat_tau": float("nan")}, UsageError, "mirostat_tau"),
+        ("x", {"logit_bias": [1]}, UsageError, "logit_bias"),
+        ("x", {"logit_bias": {1: "x"}}, UsageError, "logit_bias"),
+        ("x", {"grammar": 5}, UsageError, "grammar"),
+        ("x", {"seed": True}, UsageError, "seed"),
+        (b"x", {}, UsageError, "bytes"),
+        ("x", {"max_tokens": 2.5}, UsageError, "max_tokens=2.5: must be a whole number"),
+        ("x", {"top_p": "much"}, UsageError, "top_p='much'"),
+        ("x", {"stop": 5}, UsageError, "options"),
+        ("x", {"stop": ["a", 5]}, UsageError, "stop"),
     ],
 )
 def test_a_wrong_request_is_one_clear_line_and_harms_nothing(
     engine: Engine, prompt: object, options: dict[str, object], error: type[Exception], words: str
 ) -> None:
     with pytest.raises(error, match=words) as caught:
-        engine.generate([] if prompt == "" else prompt, max_tokens=1, **options)
+        engine.generate([] if prompt == "" else prompt, **{"max_tokens": 1} | options)
     assert "\n" not in str(caught.value)
     assert engine.generate("Hi", max_tokens=1, temperature=0).tokens
 
@@ -206,6 +219,31 @@ def test_a_budget_below_the_minimum_names_one_that_works(demo: Path) -> None:
     assert named is not None, refused.stderr
     accepted = run(named[1])
     assert accepted.returncode == 0, accepted.stderr
+
+
+def test_logits_take_what_generate_takes(engine: Engine) -> None:
+    text = "The capital of France is"
+    assert np.array_equal(engine.logits(text), engine.logits(engine.tokenize(text)))
+
+
+def test_a_context_larger_than_the_machine_is_refused_at_once(demo: Path) -> None:
+    with pytest.raises(BudgetError, match=r"--ctx 100000000: its KV cache needs .* lower --ctx"):
+        offload.load(demo, ctx=100_000_000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"ram": 1.5}, {"ctx": "a"}, {"ctx": 0}, {"ctx": 2**70}, {"threads": 2.5}, {"threads": 10**6}, {"ram": "9" * 5000}],
+)
+def test_a_wrong_load_option_is_a_usage_error(demo: Path, options: dict[str, object]) -> None:
+    with pytest.raises(UsageError, match=r"ram|size|ctx|threads"):
+        offload.load(demo, **options)
+
+
+def test_what_a_chat_template_refuses_is_said(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine.tokenizer, "template", "{{ raise_exception('only users may speak') }}")
+    with pytest.raises(UsageError, match="only users may speak"):
+        engine.chat([{"role": "user", "content": "Hi"}])
 
 
 def test_a_closed_engine_says_so(demo: Path) -> None:

@@ -22,7 +22,13 @@ PUBLIC = {
     "LoadConfig",
     "OffloadError",
     "SamplingConfig",
+    "AllocationError",
+    "BackendError",
+    "ClosedError",
+    "ContextError",
     "StorageError",
+    "UnsupportedError",
+    "UsageError",
     "__version__",
     "load",
 }

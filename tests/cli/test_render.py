@@ -1,6 +1,7 @@
 import io
 import signal
 import threading
+import time
 
 import pytest
 from hypothesis import given
@@ -57,15 +58,33 @@ def test_plain_view_passes_the_text_through():
 def test_bars_wait_for_their_patience_and_vanish(capsys):
     with Bars(enabled=True, patience_s=3600) as bars:
         bars.update("loading", 1, 2)
-        assert bars._progress is None
-    with Bars(enabled=True, patience_s=0) as bars:
-        bars.update("loading", 1, 2)
-        assert bars._progress is not None
         bars.update("loading", 2, 2)
+        assert bars._progress is None
+    with Bars(enabled=True, patience_s=0.01) as bars:
+        bars.update("loading", 0, None)
+        eventually(lambda: bars._progress is not None)  # nobody has to report again for that
+        bars.update("loading", 1, 2)
+        assert bars._progress.tasks[0].completed == 1
+        bars.end("loading")
+        assert bars._progress.tasks == []
         bars.stop()
         assert bars._progress is None
-    captured = capsys.readouterr()
-    assert captured.out == ""
+    assert capsys.readouterr().out == ""
+
+
+def test_a_bar_whose_phase_ended_in_time_never_appears():
+    with Bars(enabled=True, patience_s=0.05) as bars:
+        bars.update("loading", 0, 2)
+        bars.update("loading", 2, 2)
+        time.sleep(0.2)
+        assert bars._progress is None
+
+
+def eventually(happened):
+    deadline = time.monotonic() + 5
+    while not happened():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 def test_bars_are_not_wanted_without_a_terminal_or_when_told(monkeypatch):
@@ -73,12 +92,13 @@ def test_bars_are_not_wanted_without_a_terminal_or_when_told(monkeypatch):
         def isatty(self):
             return True
 
-    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("NO_COLOR", "1")  # about colour only
     monkeypatch.setattr("sys.stderr", io.StringIO())
     assert not bars_wanted()
     monkeypatch.setattr("sys.stderr", Screen())
     assert bars_wanted() and not bars_wanted(quiet=True)
-    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("TERM", "dumb")
     assert not bars_wanted()
 
 

@@ -127,7 +127,9 @@ def test_no_value_of_any_key_breaks_more_than_the_load(family: str, tmp_path: Pa
 
 def test_unknown_architecture_lists_the_known(llama: Checkpoint) -> None:
     for ask in (lambda model: build_model(model, 64), default_context):
-        with pytest.raises(UnsupportedError, match=r"'mamba' is not one of gemma2, .*llama.*smollm3"):
+        with pytest.raises(
+            UnsupportedError, match=r"'mamba' is not supported; this version runs gemma2, .*llama.*smollm3"
+        ):
             ask(replace(llama, architecture="mamba"))
 
 
