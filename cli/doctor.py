@@ -23,6 +23,7 @@ from offload.cli.doctor_probe import (
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, QuietOption
 from offload.cli.progress import bars_wanted
+from offload.errors import StorageError
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.units import format_rate, format_size
 
@@ -48,12 +49,21 @@ def doctor(
     del debug
     place = Path.cwd() if path is None else measured_place(resolve_model(path))
     facts = examine(place, seconds, Console(stderr=True, quiet=as_json or not bars_wanted(quiet=quiet)))
-    facts["cached"] = str(save_machine(make_profile(facts, device_id(place))))
+    facts["cached"] = remember(make_profile(facts, device_id(place)))
     facts["advice"] = list(advice(facts))
     if as_json:
         typer.echo(json.dumps(facts))
     else:
         show(facts, Console(highlight=False, markup=False))
+
+
+def remember(profile: MachineProfile) -> str | None:
+    """Save `profile` and return where it lies; None, and a warning on stderr, where it cannot be written."""
+    try:
+        return str(save_machine(profile))
+    except StorageError as error:
+        typer.echo(f"offload: warning: the planner will not know these speeds: {error}", err=True)
+        return None
 
 
 def measured_place(path: Path) -> Path:
@@ -117,7 +127,8 @@ def show(facts: dict[str, Any], console: Console) -> None:
     console.print(_disk_table(facts["disk"]))
     for line in facts["advice"]:
         console.print(f"! {line}", soft_wrap=True)
-    console.print(f"remembered in {facts['cached']}", soft_wrap=True)
+    if facts["cached"] is not None:
+        console.print(f"remembered in {facts['cached']}", soft_wrap=True)
 
 
 def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:

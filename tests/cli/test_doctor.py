@@ -48,6 +48,16 @@ def test_it_says_what_it_found(invoke, data, quick):
     assert all(words in text for words in ("processor", "ggml", "Q4_K", "disk speed", "8 in flight", "remembered in"))
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_what_cannot_be_remembered_is_still_reported(invoke, data, quick, tmp_path, as_json):
+    (tmp_path / "xdg_cache_home").write_text("a file where the folder should be")
+    result = invoke("doctor", data, "--seconds", 0.01, *(["--json"] if as_json else []))
+    assert result.exit_code == 0 and "disk" in result.stdout and "remembered in" not in result.stdout
+    assert result.stderr.startswith("offload: warning: ") and result.stderr.count("\n") == 1
+    assert "machine.json" in result.stderr
+    assert not as_json or json.loads(result.stdout)["cached"] is None
+
+
 def test_a_missing_path_is_bad_usage(invoke):
     assert invoke("doctor", "absent").exit_code == 2
 
