@@ -11,6 +11,8 @@ command names load neither torch nor numpy.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 import traceback
 from importlib import import_module
@@ -49,6 +51,8 @@ class CommandGroup(TyperGroup):
         except (typer.Exit, typer.Abort, BrokenPipeError):
             raise  # typer ends the program, quietly where a pipe was closed
         except KeyboardInterrupt as error:
+            if sys.stdout.isatty():
+                typer.echo()  # the shell's prompt does not go on where the text was cut
             raise typer.Exit(EXIT_INTERRUPTED) from error
         except Exception as error:
             report(message_of(error), error if debug_requested(ctx) else None)
@@ -63,10 +67,36 @@ def is_usage(error: Exception) -> bool:
 def message_of(error: Exception) -> str:
     """What to tell the user; what only a programmer can mend says so."""
     if hasattr(error, "format_message"):  # typer's
-        return f"{error.format_message().rstrip('.')}; --help lists what there is"
-    if isinstance(error, OffloadError | OSError):
+        return f"{error.format_message().rstrip('.')}{refused_value(error)}; --help lists what there is"
+    if isinstance(error, OffloadError):
         return str(error) or type(error).__name__
+    if isinstance(error, OSError):
+        place = "standard output" if is_of_output(error) else error.filename
+        reason = error.strerror or str(error) or type(error).__name__
+        return reason if place is None else f"{place}: {reason}"
     return f"internal error, {type(error).__name__}: {error}; please report it with what --debug prints"
+
+
+def refused_value(error: Exception) -> str:
+    """The value that typer's `error` is about, where its message keeps it to itself."""
+    details = getattr(error.__cause__ or error.__context__, "errors", None)
+    values = [detail["input"] for detail in details() if "input" in detail] if callable(details) else []
+    return "".join(f": {value!r}" for value in values[:1])
+
+
+def is_of_output(error: OSError) -> bool:
+    """Whether `error` is that of standard output: everything else that is written is named by its own error.
+
+    What was refused is dropped, lest it be refused once more when the program ends.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        os.close(nowhere)
+        return True
+    return error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def report(message: str, error: Exception | None) -> None:
@@ -123,3 +153,6 @@ def main() -> None:
         app(prog_name="offload")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except OSError as error:  # of what runs before any command: --help, --version, --install-completion
+        report(message_of(error), None)
+        sys.exit(EXIT_FAILED)
