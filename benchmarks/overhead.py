@@ -39,7 +39,7 @@ def trace(model: Path, ram: str, tokens: int) -> list[dict[str, Any]]:
     drop_page_cache()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
-        command = [sys.executable, "-c", "from offload.cli.main import main; main()", "run", str(model)]
+        command = [sys.executable, "-c", "from offload.cli import start; start()", "run", str(model)]
         command += ["-p", "Hello", "-n", str(tokens), "--temperature", "0", "--ctx", "1024", "--quiet"]
         command += ["--trace", str(path), *([] if ram == "none" else ["--ram", ram])]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
