@@ -29,7 +29,7 @@ from offload.cli.progress import Bars, bars_wanted
 from offload.cli.render import LiveView, PlainView, View
 from offload.cli.status import StatusLine
 from offload.cli.text import printable
-from offload.errors import ClosedError, OffloadError
+from offload.errors import ClosedError, ContextError, OffloadError
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -90,7 +90,7 @@ class ChatSession:
     def say(self, text: str) -> None:
         """A note of the program, apart from what the model says."""
         if self._interactive:
-            self._console.print(Text(printable(text), style="dim"), soft_wrap=True)
+            self._console.print(Text(printable(text), style="dim"))
         else:
             typer.echo(text, err=True)
 
@@ -117,14 +117,32 @@ class ChatSession:
         """Answer the last question. On an error the question is taken back."""
         try:
             completion = self._stream()
-        except BaseException:
+        except BaseException as error:
             self.conversation.take_back()
+            if isinstance(error, ContextError):
+                raise self._overflow(error) from error
             raise
         self.conversation.answer(completion.text)
         if completion.finish_reason == "cancelled":
             self.say("(stopped)")
         elif completion.finish_reason == "length":
-            self.say("(cut: the limit of tokens is reached)")
+            self.say(f"(cut: {self._limit(completion)})")
+
+    def _overflow(self, error: ContextError) -> ContextError:
+        """`error` in the words of a chat, where a prompt is the conversation up to the question that was taken back."""
+        place = f"the context of {self.engine.ctx} tokens"
+        message = (
+            f"the conversation fills {place}: /clear forgets it, or start again with a larger --ctx"
+            if self.conversation.messages
+            else f"the message does not fit {place}: shorten it, or start again with a larger --ctx"
+        )
+        return ContextError(message, needed_tokens=error.needed_tokens, available_tokens=error.available_tokens)
+
+    def _limit(self, completion: Completion) -> str:
+        most = self.conversation.options.get("max_tokens")
+        if most is not None and len(completion.tokens) >= most:
+            return f"the limit of {most} tokens is reached"
+        return f"the context of {self.engine.ctx} tokens is full; /clear empties it"
 
     def _stream(self) -> Completion:
         view: View = LiveView(self._console) if self._interactive else PlainView(sys.stdout)

@@ -1,10 +1,11 @@
 import json
+from dataclasses import replace
 
 import pytest
-from support.fake_engine import ANSWER, FakeEngine
+from support.fake_engine import ANSWER, FakeEngine, FakeStream
 
 from offload.cli.chat_state import Conversation
-from offload.errors import StorageError, UsageError
+from offload.errors import ContextError, StorageError, UsageError
 
 
 def chat(invoke, model, lines, *arguments):
@@ -39,6 +40,30 @@ def test_an_error_ends_a_piped_chat(invoke, engine_module, model):
     result = chat(invoke, model, "hi\nagain\n")
     assert result.exit_code == 1 and "offload: error: read failed" in result.stderr
     assert len(engine_module.engine.prompts) == 1
+
+
+def test_a_full_context_is_told_in_the_words_of_a_chat(invoke, engine_module, model):
+    engine = engine_module.engine
+    engine.failure = ContextError("shorten the prompt or raise --ctx", needed_tokens=5000, available_tokens=4096)
+    first = chat(invoke, model, "hi\n")
+    assert first.exit_code == 2 and "message does not fit the context of 4096 tokens" in first.stderr
+    engine.answers, engine.failure_at = ["short", "one two three"], 2
+    later = chat(invoke, model, "hi\nagain\n")
+    assert later.exit_code == 2 and "fills the context of 4096 tokens: /clear" in later.stderr
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("", "the context of 4096 tokens is full; /clear empties it"),
+        ("/set max_tokens 99\n", "the context of 4096 tokens is full"),
+        ("/set max_tokens 2\n", "the limit of 2 tokens is reached"),
+    ],
+)
+def test_a_cut_answer_says_what_cut_it(invoke, engine_module, model, monkeypatch, setting, words):
+    result = FakeStream.result
+    monkeypatch.setattr(FakeStream, "result", lambda stream: replace(result(stream), finish_reason="length"))
+    assert f"(cut: {words}" in chat(invoke, model, f"{setting}hi\n").stderr
 
 
 def test_set_reaches_the_engine_and_default_resets(invoke, engine_module, model):

@@ -92,6 +92,15 @@ def test_long_answers_wrap_at_words_and_lose_none(terminal):
     assert [word for word in screen.text().split() if word.startswith("word")] == words
 
 
+def test_notes_wrap_at_words(terminal):
+    screen = terminal()
+    screen.type("/help\r")
+    lines = screen.wait_for("stops an answer").splitlines()
+    assert "or plan" in lines and "TEXT, remove it" in lines
+    screen.type("/show nothing\r")
+    assert "choose one of info, parameters,\nsystem, template" in screen.wait_for("template, plan")
+
+
 def test_escape_sequences_of_a_model_do_not_reach_the_terminal(terminal):
     screen = terminal(answer="safe \x1b]0;owned\x07 \x1b[2J\x9b31m end")
     screen.type("hi\r")
@@ -103,7 +112,7 @@ def test_escape_sequences_of_a_model_do_not_reach_the_terminal(terminal):
 def test_an_error_is_one_line_and_the_chat_goes_on(terminal):
     screen = terminal(failure="context")
     screen.type("hi\r")
-    screen.wait_for("error: prompt has 9000 tokens")
+    screen.wait_for("error: the message does not fit the context")
     screen.type("/show\r")
     screen.wait_for("fake-135M: 4.00 GiB")
     screen.type("/bye\r")
