@@ -138,10 +138,11 @@ def show_parameters(chat: Chat) -> None:
     """Every parameter with its value; those that were set are marked."""
     defaults = SamplingConfig()
     options = chat.conversation.options
-    lines = [
-        f"{name:<22} {options[name]!r}  (set)" if name in options else f"{name:<22} {getattr(defaults, name, None)}"
-        for name in PARAMETERS
-    ]
+    lines = []
+    for name in PARAMETERS:
+        default = getattr(defaults, name, None)
+        value = f"{options[name]!r}  (set)" if name in options else "-" if default is None else default
+        lines.append(f"{name:<22} {value}")
     chat.say("\n".join(lines))
 
 

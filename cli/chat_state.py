@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, Final
 
 from offload.cli.chat_files import Messages
+from offload.cli.options import flag_names, text_or_file
 from offload.config import GenerationConfig, SamplingConfig
 from offload.errors import UsageError
 
@@ -17,6 +20,7 @@ _REQUEST: Final = {
 }
 PARAMETERS: Final = {**_SAMPLING, **_REQUEST}
 """What `/set` accepts, with the annotation of its type."""
+_OTHER: Final = {"json_schema": "grammar", "grammar": "json_schema"}  # an answer matches one of the two
 
 
 @dataclass(slots=True)
@@ -64,21 +68,40 @@ class Conversation:
         self.options = options
 
     def set(self, name: str, text: str) -> Any:
-        """Set the option `name` from text; "default" removes it. Returns the new value or None.
+        """Set an option from text, by its name or the name of its flag; "default" removes it.
+
+        Returns the new value or None.
 
         Raises:
             UsageError: no such option, or a value that it cannot have. Nothing has changed then.
         """
-        if text == "default" and name in PARAMETERS:
+        name = parameter_name(name)
+        if text == "default":
             self.options.pop(name, None)
             return None
+        if (other := _OTHER.get(name)) in self.options:
+            raise UsageError(
+                f"{name}: {other} is set, and an answer matches one of the two; /set {other} default first"
+            )
         value = _parse(name, text)
         options = {**self.options, name: value}
-        if name in ("json_schema", "grammar"):  # one excludes the other: the later wins
-            options.pop("grammar" if name == "json_schema" else "json_schema", None)
         check_options(options)
         self.options = options
         return value
+
+
+def parameter_name(name: str) -> str:
+    """The parameter that is called `name`, or whose flag is.
+
+    Raises:
+        UsageError: there is none; the message offers the nearest.
+    """
+    names = {parameter: parameter for parameter in PARAMETERS} | flag_names()
+    plain = name.lstrip("-").replace("-", "_")
+    if plain in names:
+        return names[plain]
+    near = get_close_matches(plain, names, n=1)
+    raise UsageError(f"no parameter {name!r}; {f'did you mean {near[0]}?' if near else '/set lists them'}")
 
 
 def check_options(options: dict[str, Any]) -> None:
@@ -93,11 +116,13 @@ def check_options(options: dict[str, Any]) -> None:
         GenerationConfig(**request, sampling=SamplingConfig(**sampling))
     except TypeError as error:
         raise UsageError(f"a parameter has a value of the wrong type ({error})") from error
+    try:
+        json.loads(request.get("json_schema", "{}"))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UsageError(f"json_schema: not valid JSON ({error})") from error
 
 
 def _parse(name: str, text: str) -> Any:
-    if name not in PARAMETERS:
-        raise UsageError(f"no parameter {name!r}; there are {', '.join(PARAMETERS)}")
     kind = str(PARAMETERS[name])
     try:
         if kind.startswith(("int", "Literal")):
@@ -106,4 +131,4 @@ def _parse(name: str, text: str) -> Any:
             return float(text)
     except ValueError:
         raise UsageError(f"{name}: {text!r} is not a number") from None
-    return (text,) if kind.startswith("tuple") else text
+    return (text,) if kind.startswith("tuple") else text_or_file(f"/set {name}", text)

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, fields
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, get_type_hints
 
 import typer
 
@@ -196,14 +196,29 @@ class AnswerOptions:
         """The options that were given, by the names of `GenerationConfig`; `@FILE` replaced by the file's text."""
         values: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
         for name in ("json_schema", "grammar"):
-            values[name] = _text_or_file(name, getattr(self, name))
+            values[name] = text_or_file(f"--{name.replace('_', '-')}", getattr(self, name))
         return {name: value for name, value in values.items() if value is not None}
 
 
-def _text_or_file(name: str, value: str | None) -> str | None:
+def text_or_file(label: str, value: str | None) -> str | None:
+    """`value`, or the text of FILE when it is `@FILE`.
+
+    Raises:
+        UsageError: the file cannot be read as UTF-8; the message starts with `label`.
+    """
     if value is None or not value.startswith("@"):
         return value
     try:
         return Path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--{name.replace('_', '-')} {value}: cannot read it as UTF-8 text ({error})") from error
+        raise UsageError(f"{label} {value}: cannot read it as UTF-8 text ({error})") from error
+
+
+def flag_names() -> dict[str, str]:
+    """The fields of `SamplingOptions` and `AnswerOptions` by the names of their flags, dashes as underscores."""
+    names: dict[str, str] = {}
+    for group in (SamplingOptions, AnswerOptions):
+        for name, hint in get_type_hints(group, include_extras=True).items():
+            for flag in hint.__metadata__[0].param_decls:
+                names[flag.lstrip("-").replace("-", "_")] = name
+    return names

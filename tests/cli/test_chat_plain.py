@@ -141,11 +141,45 @@ def test_a_question_without_an_answer_is_taken_back():
 
 def test_a_bad_option_changes_nothing():
     conversation = Conversation()
-    conversation.set("grammar", "root ::= x")
     conversation.set("json_schema", "{}")
-    with pytest.raises(UsageError):
-        conversation.set("top_p", "2")
+    for name, value in (("top_p", "2"), ("grammar", "root ::= x"), ("json_schema", "{bad"), ("json_schema", "@absent")):
+        with pytest.raises(UsageError, match=name):
+            conversation.set(name, value)
     assert conversation.options == {"json_schema": "{}"}
+
+
+def test_one_constraint_makes_way_for_the_other(tmp_path):
+    (tmp_path / "rules").write_text("root ::= x")
+    conversation = Conversation()
+    conversation.set("json-schema", "{}")
+    conversation.set("json_schema", "default")
+    conversation.set("grammar", f"@{tmp_path / 'rules'}")
+    assert conversation.options == {"grammar": "root ::= x"}
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [("temp", "temperature"), ("--top-k", "top_k"), ("typical", "typical_p"), ("n", "max_tokens"), ("s", "seed")],
+)
+def test_a_parameter_has_the_names_of_its_flag(name, parameter):
+    conversation = Conversation()
+    conversation.set(name, "1")
+    assert conversation.options == {parameter: 1}
+    conversation.set(name, "default")
+    assert conversation.options == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("tempertaure", "did you mean temperature?"), ("colour", "/set lists them")]
+)
+def test_an_unknown_parameter_is_met_with_the_nearest(name, words):
+    with pytest.raises(UsageError, match=f"no parameter '{name}'; {words.rstrip('?')}"):
+        Conversation().set(name, "1")
+
+
+def test_what_is_not_set_shows_as_a_dash(invoke, engine_module, model):
+    shown = chat(invoke, model, "/set\n").stderr
+    assert "None" not in shown and f"{'seed':<22} -\n" in shown
 
 
 def test_fake_engine_is_closed(invoke, engine_module, model):
