@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from offload.cli.doctor_probe import (
     probe_cpu,
@@ -23,6 +23,7 @@ from offload.cli.doctor_probe import (
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, QuietOption
 from offload.cli.progress import bars_wanted
+from offload.cli.text import output_console
 from offload.errors import StorageError
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.units import format_rate, format_size
@@ -54,7 +55,7 @@ def doctor(
     if as_json:
         typer.echo(json.dumps(facts))
     else:
-        show(facts, Console(highlight=False, markup=False))
+        show(facts, output_console())
 
 
 def remember(profile: MachineProfile) -> str | None:
@@ -120,7 +121,7 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
 
 def show(facts: dict[str, Any], console: Console) -> None:
     """Print what was found."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in _rows(facts):
         table.add_row(label, value)
     console.print(table)

@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Annotated, Any, Final
 
 import typer
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from offload.cli.inspect_text import describe_text
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, ModelArgument
-from offload.cli.text import printable
+from offload.cli.text import output_console, printable
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint
 from offload.units import format_size
 
-_SHOWN: Final = 200  # characters of a value that a table shows
+_SHOWN: Final = 200  # characters of a value that a table on a terminal shows
 TensorsOption = Annotated[bool, typer.Option("--tensors", help="List every tensor.")]
 
 
@@ -94,10 +93,11 @@ def _first(checkpoint: Checkpoint, *keys: str) -> Any:
 
 def show(facts: dict[str, Any]) -> None:
     """Print the facts as tables."""
-    console = Console(highlight=False, markup=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    console = output_console()
+    table = Table("", Column(overflow="fold"), show_header=False, box=None, padding=(0, 2, 0, 0))
     for label, value in _rows(facts):
-        table.add_row(label, printable(str(value))[:_SHOWN])
+        text = printable(str(value))
+        table.add_row(label, text[:_SHOWN] if console.is_terminal else text)
     console.print(table)
     if "tensors" in facts:
         console.print(_tensor_table(facts["tensors"]))
@@ -134,7 +134,7 @@ def _template_line(facts: dict[str, Any]) -> str:
 
 
 def _tensor_table(tensors: list[dict[str, Any]]) -> Table:
-    table = Table("tensor", "type", "shape", "size", "offset", box=None)
+    table = Table(Column("tensor", overflow="fold"), "type", "shape", "size", "offset", box=None)
     for tensor in tensors:
         shape = " x ".join(str(size) for size in tensor["shape"])
         table.add_row(

@@ -65,6 +65,14 @@ def test_names_of_a_hostile_file_reach_no_terminal(invoke, folder):
     assert "\x1b" not in text and "[red]name" in text
 
 
+def test_nothing_is_cut_where_no_terminal_shows_it(invoke, folder):
+    long = folder.parent / ("m" * 120)
+    folder.rename(long)
+    (long / "config.json").write_text(json.dumps({"model_type": "llama", "_name_or_path": "n" * 300}))
+    text = invoke("inspect", long, env={"COLUMNS": "80"}).stdout
+    assert str(long / "model.safetensors") in text and "n" * 300 in text and "…" not in text
+
+
 def test_the_demo_model_is_the_default(invoke):
     result = invoke("inspect", "--json")
     if "demo model is not installed" in result.stderr:
