@@ -16,6 +16,7 @@ from rich.text import Text
 from offload.cli.grouping import grouped
 from offload.cli.loading import make_plan
 from offload.cli.options import DebugOption, JsonOption, ModelArgument, PlanOptions
+from offload.cli.text import output_console
 from offload.units import GIB, format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(plan_json(found)))
     else:
-        show(found, Console(highlight=False))
+        show(found, output_console())
 
 
 def plan_json(plan: Plan) -> dict[str, Any]:

@@ -12,11 +12,14 @@ from offload.telemetry import Event
 
 
 def write_trace(path: Path, events: Iterable[Event]) -> None:
-    """Writes complete events ("ph": "X", microseconds) with one thread a lane.
+    """Writes complete events ("ph": "X", microseconds) with one thread a lane. A symlink's target is replaced, not the link.
 
     Raises:
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be written, or is no regular file.
     """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise StorageError(f"trace {path}: not a regular file; choose another place for --trace", path=str(path))
     lanes: dict[str, int] = {}
     rows: list[dict[str, object]] = []
     for event in events:

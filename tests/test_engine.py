@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from support.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
 
 import offload
 from offload.engine import Engine
-from offload.errors import BudgetError, ClosedError, ContextError, UsageError
+from offload.errors import BudgetError, ClosedError, ContextError, StorageError, UsageError
 from offload.plan import Demand, Plan, full_budget, make_plan, minimum_budget
+from offload.trace import write_trace
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 90, 40)]
 
@@ -264,6 +266,18 @@ def test_a_timeline_opens_as_a_chrome_trace(demo: Path, tmp_path: Path) -> None:
     lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"compute", "wait", "read"} <= lanes
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
+
+
+def test_a_trace_replaces_a_links_target_and_nothing_but_files(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "link.json").symlink_to(tmp_path / "old.json")
+    write_trace(tmp_path / "link.json", [])
+    assert (tmp_path / "link.json").is_symlink()
+    assert "traceEvents" in (tmp_path / "old.json").read_text()
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(StorageError, match="not a regular file"):
+        write_trace(tmp_path / "pipe", [])
+    assert (tmp_path / "pipe").is_fifo()
 
 
 @pytest.mark.parametrize("vram_share", [0.0, 0.5, 1.0])
