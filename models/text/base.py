@@ -23,7 +23,9 @@ class Tokenizer(Protocol):
     template: str | None
     special_strings: Mapping[str, str]
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, limit: int | None = None
+    ) -> list[int]:
         """Token ids of `text`.
 
         Args:
@@ -32,6 +34,13 @@ class Tokenizer(Protocol):
                 its own: pass False there.
             parse_special: read `<|im_end|>` and its like in `text` as the control tokens they name. Pass False for
                 text that is not trusted to contain them.
+            limit: the most tokens that are of use. A text that surely has more is refused at once, by its bytes and the
+                longest token, before it costs time and memory; one that passes may still turn out to have more.
+
+        Raises:
+            ContextError: the text has more than `limit` tokens.
+            UsageError: the text is longer, or has longer runs, than can be tokenized at all.
+            CheckpointError: the tokenizer itself fails on the text.
         """
         ...
 

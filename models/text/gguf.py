@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file, run by llama.cpp. Knows nothing of tensors; no weights are loaded.
 
-llama.cpp ends the process on a vocabulary that breaks its assumptions, so `check_vocabulary` refuses those before it sees
-the file. Only the two vocabulary kinds of the supported architectures are let through.
+llama.cpp ends the process on a vocabulary that breaks its assumptions, so `vocabulary.py` refuses those before it sees the
+file, and on a text that its stack cannot hold, so `stack.py` gives it one.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from offload.errors import CheckpointError, ClosedError, UnsupportedError, UsageError
+from offload.errors import CheckpointError, ClosedError
+from offload.models.text.bounds import TextBound
 from offload.models.text.llama import llama
+from offload.models.text.stack import call_with_stack, needs_stack
+from offload.models.text.vocabulary import check_vocabulary
 
-KINDS: Final = ("gpt2", "llama")  # byte-level BPE and sentencepiece
-MAX_TEXT_BYTES: Final = 64 * 1024 * 1024
-MAX_VOCABULARY: Final = 4 * 1024 * 1024
 SPECIAL_NAMES: Final = ("bos", "eos", "unknown", "separator", "padding")
 TEMPLATE_NAMES: Final = {"unknown": "unk", "separator": "sep", "padding": "pad"}
 
@@ -35,6 +35,8 @@ class GGUFTokenizer:
 
     def __init__(self, path: Path, metadata: Mapping[str, object]) -> None:
         tokens = check_vocabulary(path, metadata)
+        self._needs_stack = needs_stack(path, metadata)
+        self._bound = _bound(metadata, tokens)
         self._model: Any = _load_vocabulary(path)
         self.vocab: Any = llama.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama.llama_vocab_n_tokens(self.vocab))
@@ -46,13 +48,19 @@ class GGUFTokenizer:
         self.special_strings: Mapping[str, str] = _special_strings(metadata, tokens)
         self._piece = ctypes.create_string_buffer(256)
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, limit: int | None = None
+    ) -> list[int]:
         data = text.encode("utf-8", errors="replace")
-        if len(data) > MAX_TEXT_BYTES:
-            raise UsageError(f"text: {len(data)} bytes to tokenize, at most {MAX_TEXT_BYTES} allowed; shorten it")
+        self._bound.check(data, limit)
+        flags = (add_special, parse_special)
+        if self._needs_stack:
+            return call_with_stack(lambda: self._encode(data, *flags), text)
+        return self._encode(data, *flags)
+
+    def _encode(self, data: bytes, *flags: bool) -> list[int]:
         capacity = len(data) + 8  # one token a byte at the very worst, and what add_special adds
         buffer = (llama.llama_token * capacity)()
-        flags = (add_special, parse_special)
         count = llama.llama_tokenize(self._open(), data, len(data), buffer, capacity, *flags)
         if count < 0:
             capacity = -count
@@ -99,56 +107,6 @@ def has_vocabulary(metadata: Mapping[str, object]) -> bool:
     return metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
 
 
-def check_vocabulary(path: Path, metadata: Mapping[str, object]) -> Sequence[str]:
-    """The token texts, once everything that llama.cpp asserts (and would abort on) is known to hold.
-
-    Raises:
-        CheckpointError: names the key that is wrong.
-        UnsupportedError: a kind of vocabulary outside of `KINDS`.
-    """
-    kind = metadata.get("tokenizer.ggml.model")
-    if kind not in KINDS:
-        raise UnsupportedError(f"{path.name}: tokenizer kind {kind!r} is not supported, only {' and '.join(KINDS)}")
-    tokens = _array(path, metadata, "tokenizer.ggml.tokens", str)
-    if not 0 < len(tokens) <= MAX_VOCABULARY:
-        raise _wrong(path, "tokenizer.ggml.tokens", f"{len(tokens)} tokens, expected 1 to {MAX_VOCABULARY}")
-    distinct = set(tokens)
-    if len(distinct) != len(tokens):
-        raise _wrong(path, "tokenizer.ggml.tokens", f"{len(tokens)} tokens of which only {len(distinct)} differ")
-    for key, kinds in (("tokenizer.ggml.scores", (int, float)), ("tokenizer.ggml.token_type", int)):
-        if key in metadata and len(array := _array(path, metadata, key, kinds)) != len(tokens):
-            raise _wrong(path, key, f"{len(array)} entries for {len(tokens)} tokens")
-    if kind == "llama":
-        _check_bytes(path, distinct)
-    for key in ("tokenizer.ggml.bos_token_id", "tokenizer.ggml.eos_token_id"):
-        token = metadata.get(key, 0)
-        if not isinstance(token, int) or not 0 <= token < len(tokens):
-            raise _wrong(path, key, f"{token!r} is not one of {len(tokens)} tokens")
-    return tokens
-
-
-def _check_bytes(path: Path, distinct: set[str]) -> None:
-    """A sentencepiece vocabulary falls back to bytes, each of which must then have a token."""
-    missing = [b for b in range(256) if f"<0x{b:02X}>" not in distinct and not (b < 0x80 and chr(b) in distinct)]
-    if missing:
-        raise _wrong(
-            path, "tokenizer.ggml.tokens", f"no token for byte 0x{missing[0]:02X}, {len(missing)} bytes missing"
-        )
-
-
-def _array(path: Path, metadata: Mapping[str, object], key: str, kind: type | tuple[type, ...]) -> Sequence[Any]:
-    array = metadata.get(key)
-    if isinstance(array, str | bytes) or not isinstance(array, Sequence):
-        raise _wrong(path, key, "missing, or not an array")
-    if not all(isinstance(entry, kind) for entry in array):
-        raise _wrong(path, key, "entries of the wrong type")
-    return array
-
-
-def _wrong(path: Path, key: str, what: str) -> CheckpointError:
-    return CheckpointError(f"{path.name}: {key}: {what}; the file is damaged, get it again", path=str(path))
-
-
 def _load_vocabulary(path: Path) -> Any:
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = True
@@ -168,3 +126,11 @@ def _special_strings(metadata: Mapping[str, object], tokens: Sequence[str]) -> d
         if isinstance(token, int) and 0 <= token < len(tokens):
             strings[f"{TEMPLATE_NAMES.get(name, name)}_token"] = tokens[token]
     return strings
+
+
+def _bound(metadata: Mapping[str, object], tokens: Sequence[str]) -> TextBound:
+    name = str(metadata.get("general.name", "")).lower()
+    # llama.cpp goes by these names, too
+    strips = "phi-3" in name or "phi3" in name or "jina-v2" in str(metadata.get("tokenizer.ggml.pre", ""))
+    # in UTF-8 a token is spelled with at least as many bytes as it stands for
+    return TextBound(max(9, *(len(token.encode(errors="replace")) for token in tokens)), strips)

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from offload.errors import CheckpointError, ClosedError, UnsupportedError
+from offload.errors import CheckpointError, ClosedError, ContextError, UnsupportedError
 from offload.models.checkpoint import open_checkpoint
 from offload.models.text import open_tokenizer
-from offload.models.text.gguf import GGUFTokenizer, check_vocabulary
+from offload.models.text.gguf import GGUFTokenizer
+from offload.models.text.vocabulary import check_vocabulary
 
 TEXTS = [
     "",
@@ -78,6 +79,20 @@ def test_a_closed_tokenizer_says_so(demo: Path) -> None:
         opened.encode("a")
 
 
+def test_a_text_beyond_the_limit_is_refused_before_it_is_encoded(tokenizer: Any) -> None:
+    text = "hello world " * 100_000
+    with pytest.raises(ContextError, match=r"at least \d+ tokens, 128 fit") as caught:
+        tokenizer.encode(text, limit=128)
+    assert 128 < caught.value.needed_tokens <= len(tokenizer.encode(text))
+    assert caught.value.available_tokens == 128
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_limit_never_refuses_what_fits_it(tokenizer: Any, text: str) -> None:
+    ids = tokenizer.encode(text)
+    assert tokenizer.encode(text, limit=len(ids)) == ids
+
+
 def vocabulary(**changes: object) -> dict[str, object]:
     """A sentencepiece vocabulary that is in order, but for `changes`; None removes a key."""
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁a"]
@@ -109,6 +124,40 @@ def test_a_vocabulary_in_order_passes(tmp_path: Any) -> None:
 def test_what_llama_cpp_would_abort_on_is_refused(tmp_path: Any, changes: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer\.ggml\."):
         check_vocabulary(tmp_path, vocabulary(**changes))
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["", "[EMPTY_260]", "x"], r"tokens 260 and 261 are both '\[EMPTY_260\]'"),
+        (["[EMPTY_261]", ""], r"tokens 260 and 261 are both '\[EMPTY_261\]'"),
+        (["a\0b", "a\0c"], r"token 260, 'a\\x00b', has a NUL"),
+        (["\0"], r"token 260, '\\x00', has a NUL"),
+    ],
+)
+def test_tokens_are_compared_as_llama_cpp_reads_them(tmp_path: Any, more: list[str], said: str) -> None:
+    tokens = [*vocabulary()["tokenizer.ggml.tokens"], *more]  # type: ignore[misc]
+    with pytest.raises(CheckpointError, match=said):
+        check_vocabulary(tmp_path, vocabulary(tokens=tokens, scores=None))
+
+
+def test_one_empty_token_is_in_order(tmp_path: Any) -> None:
+    tokens = [*vocabulary()["tokenizer.ggml.tokens"], ""]  # type: ignore[misc]
+    assert check_vocabulary(tmp_path, vocabulary(tokens=tokens, scores=None)) == tokens
+
+
+def test_a_nul_does_not_stand_for_its_byte(tmp_path: Any) -> None:
+    tokens = ["\0" if token == "<0x00>" else token for token in vocabulary()["tokenizer.ggml.tokens"]]  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match="has a NUL"):
+        check_vocabulary(tmp_path, vocabulary(tokens=tokens))
+
+
+@pytest.mark.parametrize("key", ["model", "bos_token_id"])
+def test_a_value_of_any_length_is_one_short_line(tmp_path: Any, key: str) -> None:
+    with pytest.raises((CheckpointError, UnsupportedError)) as caught:
+        check_vocabulary(tmp_path, vocabulary(**{key: "\x1b[2J\n" + "x" * 100_000}))
+    assert len(str(caught.value)) < 400 + len(str(tmp_path))
+    assert str(caught.value).isprintable()
 
 
 def test_other_kinds_are_not_supported(tmp_path: Any) -> None:
