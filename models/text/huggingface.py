@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer as Library
 
-from offload.errors import CheckpointError, StorageError, UnsupportedError, UsageError
+from offload.errors import CheckpointError, StorageError, UnsupportedError
+from offload.models.checkpoint.reader import quote
 from offload.models.text.pieces import PieceKind, piece_bytes
+from offload.models.text.pipeline import check_pipeline, steps_of, text_bound
 
 MAX_TOKENIZER_BYTES: Final = 128 * 1024 * 1024  # the largest in use have 33 MB
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
-MAX_TEXT_BYTES: Final = 64 * 1024 * 1024
+
+_T = TypeVar("_T")
 
 
 class HuggingFaceTokenizer:
@@ -38,7 +41,8 @@ class HuggingFaceTokenizer:
     """
 
     def __init__(self, folder: Path, config: Mapping[str, object]) -> None:
-        self._library = _load_library(folder / "tokenizer.json")
+        self._path = folder / "tokenizer.json"
+        self._library = _load_library(self._path)
         self._library.no_truncation()
         self._library.no_padding()
         self._lock = threading.Lock()  # encode_special_tokens is a property of the tokenizer, not of the call
@@ -47,25 +51,32 @@ class HuggingFaceTokenizer:
         }
         self.vocab_size = max([self._library.get_vocab_size(), *(token + 1 for token in self._added)])
         self._kind = _piece_kind(folder, self._library)
-        settings = _read_json(folder / "tokenizer_config.json")
-        self.special_strings: Mapping[str, str] = _special_strings(
-            _read_json(folder / "special_tokens_map.json"), settings
-        )
+        self._bound = text_bound(self._library, self._kind)
+        named, settings_path = folder / "special_tokens_map.json", folder / "tokenizer_config.json"
+        settings = _read_json(settings_path)
+        strings = {**_special_strings(named, _read_json(named)), **_special_strings(settings_path, settings)}
+        self.special_strings: Mapping[str, str] = strings
         self.bos_token: int | None = self._id(self.special_strings.get("bos_token"))
         ends = {*_end_ids(config), *_end_ids(_read_json(folder / "generation_config.json"))}
         ends.add(-1 if (eos := self._id(self.special_strings.get("eos_token"))) is None else eos)
         self.eos_tokens = frozenset(token for token in ends if 0 <= token < self.vocab_size)
         self.template: str | None = _read_template(folder / "chat_template.jinja") or _template_of(
-            settings.get("chat_template")
+            settings_path, settings.get("chat_template")
         )
 
-    def encode(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True, limit: int | None = None
+    ) -> list[int]:
         clean = text.encode("utf-8", errors="replace")
-        if len(clean) > MAX_TEXT_BYTES:
-            raise UsageError(f"text: {len(clean)} bytes to tokenize, at most {MAX_TEXT_BYTES} allowed; shorten it")
+        self._bound.check(clean, limit)
         with self._lock:
             self._library.encode_special_tokens = not parse_special
-            ids: list[int] = self._library.encode(clean.decode(), add_special_tokens=add_special).ids
+            encoding = _guarded(
+                lambda: self._library.encode(clean.decode(), add_special_tokens=add_special),
+                self._path,
+                "model or pre_tokenizer: this text cannot be encoded",
+            )
+        ids: list[int] = encoding.ids
         return ids
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
@@ -77,7 +88,11 @@ class HuggingFaceTokenizer:
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         known = [token for token in tokens if 0 <= token < self.vocab_size]
-        text: str = self._library.decode(known, skip_special_tokens=not special)
+        text: str = _guarded(
+            lambda: self._library.decode(known, skip_special_tokens=not special),
+            self._path,
+            "decoder: these tokens cannot be decoded",
+        )
         return text
 
     def close(self) -> None:
@@ -89,31 +104,29 @@ class HuggingFaceTokenizer:
 
 def _load_library(path: Path) -> Library:
     data = _read(path, MAX_TOKENIZER_BYTES)
+    library = _guarded(lambda: Library.from_buffer(data), path, "not a tokenizer")
+    check_pipeline(path, library)
+    return library
+
+
+def _guarded(call: Callable[[], _T], path: Path, problem: str) -> _T:
+    """The library reports damage as plain Exception, and some of it by a Rust panic, which is no Exception at all."""
     try:
-        return Library.from_buffer(data)
+        return call()
     except BaseException as error:
-        # the library reports damage as plain Exception, and some of it by a Rust panic, which is no Exception at all
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise CheckpointError(
-            f"{path}: not a tokenizer ({_one_line(error)}); get the file again", path=str(path)
-        ) from None
+        raise CheckpointError(f"{path}: {problem} ({_one_line(error)}); get the file again", path=str(path)) from None
 
 
 def _piece_kind(folder: Path, library: Library) -> PieceKind:
     """How the tokens spell bytes: told by the decoder, or by the pre-tokenizer where there is none."""
-    parts = {kind for part in (library.decoder, library.pre_tokenizer) if part is not None for kind in _types(part)}
+    parts = {step["type"] for part in (library.decoder, library.pre_tokenizer) for step in steps_of(part)}
     if "WordPiece" in parts or "BertPreTokenizer" in parts:
         raise UnsupportedError(f"{folder}: word-piece tokenizers are not supported, they belong to encoder models")
     if "ByteLevel" in parts:
         return "byte_level"
     return "sentencepiece" if parts & {"ByteFallback", "Metaspace", "Replace"} else "plain"
-
-
-def _types(part: Any) -> Iterator[str]:
-    state = json.loads(part.__getstate__())
-    for inner in [state, *state.get("decoders", ()), *state.get("pretokenizers", ())]:
-        yield inner["type"]
 
 
 def _end_ids(config: Mapping[str, object]) -> list[int]:
@@ -122,20 +135,32 @@ def _end_ids(config: Mapping[str, object]) -> list[int]:
     return [token for token in ids if isinstance(token, int) and not isinstance(token, bool)]
 
 
-def _special_strings(*maps: Mapping[str, object]) -> dict[str, str]:
-    """`{"bos_token": "<s>", ...}`; a value is a string or an object with `content`. Later maps win."""
+def _special_strings(path: Path, names: Mapping[str, object]) -> dict[str, str]:
+    """`{"bos_token": "<s>", ...}`; a value is a string or an object with `content`."""
     strings: dict[str, str] = {}
-    for name, value in (entry for each in maps for entry in each.items()):
+    for name, value in names.items():
         text = value.get("content") if isinstance(value, dict) else value
-        if name.endswith("_token") and isinstance(text, str):
-            strings[name] = text
+        if not name.endswith("_token") or not isinstance(text, str):
+            continue
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise CheckpointError(
+                f"{path}: {quote(name)}: {quote(text)} is no text; get the file again", path=str(path)
+            )
+        strings[name] = text
     return strings
 
 
-def _template_of(value: object) -> str | None:
+def _template_of(path: Path, value: object) -> str | None:
     """A template, or the one called "default" of a list of `{"name", "template"}`."""
     if isinstance(value, list):
-        named = {entry.get("name"): entry.get("template") for entry in value if isinstance(entry, dict)}
+        named = {}
+        for entry in value:
+            name = entry.get("name") if isinstance(entry, dict) else None
+            if not isinstance(name, str):
+                raise CheckpointError(
+                    f"{path}: chat_template: {quote(entry)} has no name; get the file again", path=str(path)
+                )
+            named[name] = entry.get("template")
         value = named.get("default")
     return value if isinstance(value, str) and value.strip() else None
 
@@ -143,7 +168,7 @@ def _template_of(value: object) -> str | None:
 def _read_template(path: Path) -> str | None:
     if not path.is_file():
         return None
-    return _template_of(_read(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace"))
+    return _template_of(path, _read(path, MAX_CONFIG_BYTES).decode("utf-8", errors="replace"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -171,4 +196,5 @@ def _read(path: Path, limit: int) -> bytes:
 
 
 def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    text = " ".join(str(error).split())[:200]
+    return text if text.isprintable() else quote(text)

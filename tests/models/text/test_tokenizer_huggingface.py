@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from offload.errors import CheckpointError, UnsupportedError
+from offload.errors import CheckpointError, ContextError, UnsupportedError
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.text import open_tokenizer
 from offload.models.text.huggingface import HuggingFaceTokenizer
@@ -137,3 +137,99 @@ def test_word_pieces_are_not_supported(tmp_path: Path) -> None:
 def test_the_byte_alphabet_is_that_of_the_library() -> None:
     assert set(byte_of_character()) == set(pre_tokenizers.ByteLevel.alphabet())
     assert sorted(byte_of_character().values()) == [bytes([byte]) for byte in range(256)]
+
+
+def changed(folder: Path, tokenizer: Tokenizer, **parts: object) -> Path:
+    """A folder whose tokenizer.json has other parts than `tokenizer`."""
+    write(folder, tokenizer)
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | parts))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("parts", "said"),
+    [
+        ({"model": {"type": "Unigram", "vocab": [["h", -1.0]], "unk_id": None}}, "`unk_id` is missing"),
+        ({"model": {"type": "WordLevel", "vocab": {}, "unk_token": "x"}}, r"Missing \[UNK\] token"),
+        ({"model": {"type": "BPE", "vocab": {"q": 0}, "merges": [], "unk_token": "nope"}}, "`nope` not found"),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Split",
+                    "pattern": {"Regex": "(x+x+)+y"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                }
+            },
+            "retry",
+        ),
+    ],
+)
+def test_a_text_that_the_library_fails_on_is_one_error(tmp_path: Path, parts: dict[str, object], said: str) -> None:
+    opened = HuggingFaceTokenizer(changed(tmp_path, byte_level(), **parts), {})
+    for _ in range(2):  # nor does a failure leave a lock behind
+        with pytest.raises(CheckpointError, match=rf"tokenizer\.json: model or pre_tokenizer: .*{said}"):
+            opened.encode("xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx")
+
+
+def test_a_split_every_zero_characters_is_refused(tmp_path: Path) -> None:
+    folder = changed(tmp_path, byte_level(), pre_tokenizer={"type": "FixedLength", "length": 0})
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: pre_tokenizer: FixedLength"):
+        HuggingFaceTokenizer(folder, {})
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"bos_token": "\ud800"}, "'bos_token'"),
+        ({"eos_token": {"content": "a\udfff"}}, "'eos_token'"),
+        ({"chat_template": [{"name": [], "template": "T"}]}, "chat_template"),
+        ({"chat_template": ["T"]}, "chat_template"),
+    ],
+)
+def test_settings_of_the_wrong_kind_name_file_and_key(tmp_path: Path, settings: object, said: str) -> None:
+    folder = write(tmp_path, byte_level(), tokenizer_config=settings)
+    with pytest.raises(CheckpointError, match=rf"tokenizer_config\.json: {said}"):
+        HuggingFaceTokenizer(folder, {})
+
+
+def test_special_tokens_of_no_text_in_the_older_file(tmp_path: Path) -> None:
+    folder = write(tmp_path, byte_level(), special_tokens_map={"bos_token": "\ud800"})
+    with pytest.raises(CheckpointError, match=r"special_tokens_map\.json: 'bos_token'"):
+        HuggingFaceTokenizer(folder, {})
+
+
+@pytest.mark.parametrize("make", [byte_level, sentencepiece])
+def test_a_text_beyond_the_limit_is_refused_before_it_is_encoded(tmp_path: Path, make: Any) -> None:
+    opened = HuggingFaceTokenizer(write(tmp_path, make()), {})
+    text = "hello world " * 10_000
+    with pytest.raises(ContextError, match=r"at least \d+ tokens, 64 fit") as caught:
+        opened.encode(text, limit=64)
+    assert 64 < caught.value.needed_tokens <= len(opened.encode(text))
+    for text in TEXTS:
+        ids = opened.encode(text)
+        assert opened.encode(text, limit=len(ids)) == ids
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Replace", "pattern": {"Regex": " +"}, "content": " "}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "  "}, "content": " "}},
+        {"pre_tokenizer": {"type": "Split", "pattern": {"String": " "}, "behavior": "Removed", "invert": False}},
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+    ],
+)
+def test_a_tokenizer_that_drops_text_has_no_bound(tmp_path: Path, change: dict[str, object]) -> None:
+    opened = HuggingFaceTokenizer(changed(tmp_path, sentencepiece(), **change), {})
+    ids = opened.encode("he" + " " * 5_000)
+    assert opened.encode("he" + " " * 5_000, limit=len(ids)) == ids
+
+
+def test_a_token_that_swallows_spaces_leaves_them_uncounted(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    tokenizer.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
+    opened = HuggingFaceTokenizer(write(tmp_path, tokenizer), {})
+    assert len(opened.encode("<|user|>" + "\n" * 1_000, limit=2)) == 2
