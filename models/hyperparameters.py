@@ -14,6 +14,7 @@ from typing import Final, TypeGuard
 from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation
 from offload.models.checkpoint.base import Checkpoint
+from offload.models.checkpoint.reader import is_name, quote
 
 GGUF_KEYS: Final = {
     "attention_multiplier": "attention.scale",
@@ -102,10 +103,10 @@ class Settings:
         return value
 
     def text(self, key: str, default: str) -> str:
-        """A string."""
+        """The name of something: a short string that is safe to print."""
         value = self._value(key, default)
-        if not isinstance(value, str):
-            raise self._wrong(key, value, "a string")
+        if not isinstance(value, str) or not is_name(value):
+            raise self._wrong(key, value, "a name")
         return value
 
     def numbers(self, key: str) -> tuple[float, ...]:
@@ -166,9 +167,8 @@ class Settings:
         return value
 
     def _wrong(self, key: str, value: object, expected: str) -> CheckpointError:
-        shown = repr(value)
-        shown = shown if len(shown) <= 80 else f"{shown[:77]}..."
-        return CheckpointError(f"{self.path}: {self.name(key)} is {shown}; expected {expected}", path=str(self.path))
+        message = f"{self.path}: {self.name(key)} is {quote(value)}; expected {expected}"
+        return CheckpointError(message, path=str(self.path))
 
 
 def _is_sane(value: object) -> TypeGuard[float]:
@@ -259,7 +259,7 @@ def sliding_windows(
     if kinds is not None:
         unknown = [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]
         if unknown:
-            raise UnsupportedError(f"{settings.path}: layer_types has {str(unknown[0])[:80]!r}, which is not supported")
+            raise UnsupportedError(f"{settings.path}: layer_types has {quote(unknown[0])}, which is not supported")
         is_sliding = [kind == "sliding_attention" for kind in kinds]
     return tuple(window if sliding else None for sliding in is_sliding)
 

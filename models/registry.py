@@ -9,6 +9,7 @@ from offload.errors import UnsupportedError
 from offload.models import gemma2, gemma3, granite, llama, mistral, phi3, qwen2, qwen3, smollm3
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
+from offload.models.checkpoint.reader import quote
 from offload.models.hyperparameters import settings_of
 
 
@@ -60,5 +61,5 @@ def _family(checkpoint: Checkpoint) -> Family:
         known = f"this version runs {', '.join(sorted(FAMILIES))}"
         experts = any("expert" in key for key in (*checkpoint.metadata, *checkpoint.tensors))
         kind = " is a mixture of experts, which is not supported yet" if experts else " is not supported"
-        raise UnsupportedError(f"{checkpoint.path}: architecture {checkpoint.architecture!r}{kind}; {known}")
+        raise UnsupportedError(f"{checkpoint.path}: architecture {quote(checkpoint.architecture)}{kind}; {known}")
     return family

@@ -20,7 +20,7 @@ from offload.elements import BY_GGML_ID, ElementType
 from offload.errors import CheckpointError
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.checkpoint.gguf_metadata import U32, U64, Purse, read_metadata, read_name
-from offload.models.checkpoint.reader import DAMAGED, HeaderReader, fingerprint, is_regular_file, quote
+from offload.models.checkpoint.reader import DAMAGED, HeaderReader, fingerprint, is_name, is_regular_file, quote
 from offload.units import MIB, align_up
 
 MAGIC: Final = b"GGUF"
@@ -77,8 +77,11 @@ def open_gguf(path: Path) -> Checkpoint:
         _check_split(part, number, len(parts))
     tensors = _merge(parts)
     architecture = parts[0].metadata.get("general.architecture")
-    if not isinstance(architecture, str) or not architecture:
+    if not architecture:
         raise CheckpointError(f"{paths[0]}: general.architecture is missing; not a model file", path=str(paths[0]))
+    if not isinstance(architecture, str) or not is_name(architecture):
+        message = f"{paths[0]}: general.architecture is {quote(architecture)}, expected a name"
+        raise CheckpointError(message, path=str(paths[0]))
     return Checkpoint(
         path=paths[0],
         format="gguf",

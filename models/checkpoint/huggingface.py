@@ -13,7 +13,7 @@ from typing import Final
 from offload.errors import CheckpointError
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.checkpoint.json_text import read_json_object
-from offload.models.checkpoint.reader import DAMAGED, fingerprint, is_regular_file, quote
+from offload.models.checkpoint.reader import DAMAGED, fingerprint, is_name, is_regular_file, quote
 from offload.models.checkpoint.safetensors import SafetensorsFile, read_safetensors
 
 SUFFIX: Final = ".safetensors"
@@ -59,7 +59,7 @@ def _read_config(path: Path) -> tuple[Mapping[str, object], bytes]:
         raise CheckpointError(message, path=str(path))
     config, digest = read_json_object(path)
     model_type = config.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
+    if not is_name(model_type):
         raise CheckpointError(f"{path}: model_type is {quote(model_type)}, expected a name", path=str(path))
     return config, digest
 

@@ -22,6 +22,7 @@ from offload.units import MIB
 PIECE_BYTES: Final = MIB
 DAMAGED: Final = "the file is truncated or damaged, fetch it again"
 _MAX_SHOWN: Final = 96
+_MAX_WORDS: Final = 300
 _SHORT: Final = Repr()
 _SHORT.maxstring = _SHORT.maxother = _MAX_SHOWN
 
@@ -30,7 +31,20 @@ def quote(value: object) -> str:
     """A name or a value out of an untrusted file, safe to print: ASCII, escaped, shortened."""
     if isinstance(value, bytes):
         value = value[:_MAX_SHOWN]
-    return _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    shown = _SHORT.repr(value).encode("ascii", "backslashreplace").decode()
+    return shown if len(shown) <= _MAX_WORDS else f"{shown[: _MAX_WORDS - 3]}..."
+
+
+def one_line(words: str) -> str:
+    """A message that an untrusted file has a say in, safe to print: on one line, escaped where needed, shortened."""
+    line = " ".join(words[: 4 * _MAX_WORDS].split())
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return shown if len(shown) <= _MAX_WORDS else f"{shown[: _MAX_WORDS - 3]}..."
+
+
+def is_name(value: object) -> bool:
+    """Whether a value out of an untrusted file can be the name of an architecture: short, and safe to print."""
+    return isinstance(value, str) and 0 < len(value) <= _MAX_SHOWN and value.isascii() and value.isprintable()
 
 
 def file_mode(path: Path) -> int:

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeVar
 from tokenizers import Tokenizer as Library
 
 from offload.errors import CheckpointError, StorageError, UnsupportedError
-from offload.models.checkpoint.reader import quote
+from offload.models.checkpoint.reader import one_line, quote
 from offload.models.text.pieces import PieceKind, piece_bytes
 from offload.models.text.pipeline import check_pipeline, steps_of, text_bound
 
@@ -116,7 +116,9 @@ def _guarded(call: Callable[[], _T], path: Path, problem: str) -> _T:
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        raise CheckpointError(f"{path}: {problem} ({_one_line(error)}); get the file again", path=str(path)) from None
+        raise CheckpointError(
+            f"{path}: {problem} ({one_line(str(error))}); get the file again", path=str(path)
+        ) from None
 
 
 def _piece_kind(folder: Path, library: Library) -> PieceKind:
@@ -178,7 +180,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(_read(path, MAX_CONFIG_BYTES))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({_one_line(error)}); get the file again", path=str(path)) from None
+        raise CheckpointError(
+            f"{path}: not JSON ({one_line(str(error))}); get the file again", path=str(path)
+        ) from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object was expected, not {type(value).__name__}", path=str(path))
     return value
@@ -193,8 +197,3 @@ def _read(path: Path, limit: int) -> bytes:
     if len(data) > limit:
         raise CheckpointError(f"{path}: more than {limit} bytes, refused; get the file again", path=str(path))
     return data
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if text.isprintable() else quote(text)

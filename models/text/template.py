@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.errors import BackendError, UsageError
+from offload.models.checkpoint.reader import one_line
 
 FUEL: Final = 5_000_000  # instructions; a long conversation through the longest template known takes 200,000
 LIMIT_BYTES: Final = 192 * 1024 * 1024
@@ -105,11 +106,7 @@ def _ask_sandbox(request: bytes) -> bytes:
 def _answer_text(data: bytes) -> str:
     answer = json.loads(data)
     if "refused" in answer:
-        raise UsageError(f"chat template: {_one_line(answer['refused'])}")
+        raise UsageError(f"chat template: {one_line(answer['refused'])}")
     if "failed" in answer:
-        raise UsageError(f"chat template: it cannot render this conversation ({_one_line(answer['failed'])})")
+        raise UsageError(f"chat template: it cannot render this conversation ({one_line(answer['failed'])})")
     return str(answer["text"])
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -98,6 +98,24 @@ def test_what_is_not_implemented_is_named(llama: Checkpoint, changes: dict[str, 
         build_model(configured(llama, **changes), 64)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"hidden_act": "\x1b[2J" * 10_000},
+        {"quantization_config": {"quant_method": "\x1b[2J" * 10_000}},
+        {"rope_parameters": {"rope_type": "\x1b[2J" * 10_000}},
+        {"layer_types": ["\x1b[2J" * 10_000] * 2, "sliding_window": 8, "use_sliding_window": True},
+        {"rms_norm_eps": ["\x1b[2J\u202e" * 100] * 10_000},
+    ],
+)
+def test_whatever_a_value_is_the_error_is_one_short_line(llama: Checkpoint, changes: dict[str, Any]) -> None:
+    model = configured(llama, **changes)
+    with pytest.raises(OffloadError) as caught:
+        build_model(replace(model, architecture="qwen2" if "layer_types" in changes else "llama"), 64)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500 + len(str(model.path))
+
+
 NASTY = (None, True, -1, 0, 3, 2**40, 10**400, 0.5, 1e-320, 1e308, float("inf"), "x", [], [[]], [1, 2, 3], {}, {"a": 1})
 ROPE_KEYS = (
     "rope_theta",

@@ -232,3 +232,13 @@ def test_packed_strings_are_a_sequence(tmp_path: Path) -> None:
     assert hash(texts) == hash(tuple(expected))
     with pytest.raises(IndexError, match="index 2000 of 2000"):
         texts[2000]
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 100_000, "two\nlines"])
+def test_an_architecture_is_a_name(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "model.gguf"
+    path.write_bytes(Gguf(keys=(key("general.architecture", STRING, name),)).build())
+    with pytest.raises(CheckpointError, match=r"general\.architecture is '.*', expected a name$") as caught:
+        open_checkpoint(path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300 + len(str(path))

@@ -222,3 +222,13 @@ def test_a_relative_path_outlives_a_change_of_folder(tmp_path: Path, monkeypatch
     write_shards(tmp_path)
     monkeypatch.chdir(tmp_path)
     assert all(path.is_absolute() for path in open_checkpoint(".").files)
+
+
+@pytest.mark.parametrize("name", ["\x1b[2J", "x" * 100_000, "two\nlines", "\ud800"])
+def test_a_model_type_is_a_name(tmp_path: Path, name: str) -> None:
+    safetensors.torch.save_file({"w": torch.ones(1)}, tmp_path / "model.safetensors")
+    write_config(tmp_path, model_type=name)
+    with pytest.raises(CheckpointError, match=r"model_type is '.*', expected a name$") as caught:
+        open_checkpoint(tmp_path)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 300 + len(str(tmp_path))

@@ -13,7 +13,7 @@ from support.headers import Gguf, tensor
 
 from offload.errors import CheckpointError, StorageError
 from offload.models.checkpoint import open_checkpoint, reader
-from offload.models.checkpoint.reader import HeaderReader, quote
+from offload.models.checkpoint.reader import HeaderReader, is_name, one_line, quote
 
 
 class FaultyFile:
@@ -109,3 +109,21 @@ def test_what_is_quoted_is_short_and_printable(value: object) -> None:
     assert len(quote(value)) < 500
     assert quote(value).isascii()
     assert quote("\x1b[31m\u202eé\n") == r"'\x1b[31m\u202e\xe9\n'"
+
+
+def test_nested_values_are_short_as_well() -> None:
+    value: object = "x" * 1_000
+    for _ in range(5):
+        value = [value] * 6
+    assert len(quote(value)) <= 300
+
+
+def test_words_of_a_file_are_one_printable_line() -> None:
+    assert one_line("rôles\n must\talternate\x1b[2J\u202e") == "rôles must alternate\\x1b[2J\\u202e"
+    assert len(one_line("x" * 10**6)) == len(one_line("\x1b" * 10**6)) == 300
+
+
+@pytest.mark.parametrize("value", ["", "x" * 97, "a\x1b", "a\nb", "\u00e9", "\ud800", None, 1, ["llama"]])
+def test_what_is_no_name(value: object) -> None:
+    assert not is_name(value)
+    assert is_name("gemma3_text")

@@ -291,6 +291,16 @@ def test_a_refusal_is_in_the_words_of_the_template() -> None:
         render("{{ raise_exception('roles must\nalternate') }}", [])
 
 
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('\x1b[2J' ~ 'x' * 999) }}", "{{ '\x1b[2J'|no_filter }}", "{% \x1b[2J %}"]
+)
+def test_its_words_cannot_write_over_the_screen(source: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        render(source, [])
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 400
+
+
 def test_without_a_template_the_error_says_what_to_do() -> None:
     with pytest.raises(UsageError, match="no chat template: use `run`"):
         render(None, [])
