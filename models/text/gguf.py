@@ -19,6 +19,7 @@ from offload.models.text.vocabulary import check_vocabulary
 
 SPECIAL_NAMES: Final = ("bos", "eos", "unknown", "separator", "padding")
 TEMPLATE_NAMES: Final = {"unknown": "unk", "separator": "sep", "padding": "pad"}
+_EMPTY_BYTES: Final = len("[EMPTY_4194304]")  # what llama.cpp calls a token without a text
 
 
 class GGUFTokenizer:
@@ -133,4 +134,5 @@ def _bound(metadata: Mapping[str, object], tokens: Sequence[str]) -> TextBound:
     # llama.cpp goes by these names, too
     strips = "phi-3" in name or "phi3" in name or "jina-v2" in str(metadata.get("tokenizer.ggml.pre", ""))
     # in UTF-8 a token is spelled with at least as many bytes as it stands for
-    return TextBound(max(9, *(len(token.encode(errors="replace")) for token in tokens)), strips)
+    longest = max(len(token.encode(errors="replace")) for token in tokens)
+    return TextBound(max(_EMPTY_BYTES, longest), strips)

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.headers import F32, I32, STRING, U32, Gguf, array, key
 
 from offload.errors import CheckpointError, ClosedError, ContextError, UnsupportedError
 from offload.models.checkpoint import open_checkpoint
@@ -163,3 +164,24 @@ def test_a_value_of_any_length_is_one_short_line(tmp_path: Any, key: str) -> Non
 def test_other_kinds_are_not_supported(tmp_path: Any) -> None:
     with pytest.raises(UnsupportedError, match="bert"):
         check_vocabulary(tmp_path, vocabulary(model="bert"))
+
+
+def test_the_name_of_an_empty_token_counts_against_a_limit(tmp_path: Path) -> None:
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), ""]
+    keys = (
+        key("general.architecture", STRING, "llama"),
+        key("llama.context_length", U32, 128),
+        key("llama.embedding_length", U32, 64),
+        key("llama.block_count", U32, 1),
+        key("tokenizer.ggml.model", STRING, "llama"),
+        array("tokenizer.ggml.tokens", STRING, tokens),
+        array("tokenizer.ggml.scores", F32, [0.0] * 260),
+        array("tokenizer.ggml.token_type", I32, [2, 3, 3, *[6] * 256, 4]),  # the empty one is user-defined
+        key("tokenizer.ggml.bos_token_id", U32, 1),
+        key("tokenizer.ggml.eos_token_id", U32, 2),
+    )
+    path = tmp_path / "model.gguf"
+    path.write_bytes(Gguf(keys=keys).build())
+    opened = open_tokenizer(open_checkpoint(path))
+    assert opened is not None
+    assert opened.encode("[EMPTY_259]" * 20, add_special=False, limit=20) == [259] * 20
