@@ -307,7 +307,7 @@ class Engine:
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
-            return self._need_tokenizer().encode(prompt)
+            return self._need_tokenizer().encode(prompt, limit=self._open_runner.opened.ctx)
         if isinstance(prompt, bytes | bytearray):
             raise UsageError("prompt: bytes are no text; decode them first")
         try:
@@ -323,7 +323,7 @@ class Engine:
         if tokenizer.template is None:
             raise UsageError(f"{self.model_name} has no chat template; give a plain text prompt instead")
         text = render(tokenizer.template, messages, special_strings=tokenizer.special_strings)
-        return tokenizer.encode(text, add_special=False)
+        return tokenizer.encode(text, add_special=False, limit=self._open_runner.opened.ctx)
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

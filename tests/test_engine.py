@@ -223,6 +223,18 @@ def test_a_budget_below_the_minimum_names_one_that_works(demo: Path) -> None:
     assert accepted.returncode == 0, accepted.stderr
 
 
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+    encode = engine._need_tokenizer().encode
+    monkeypatch.setattr(engine.tokenizer, "encode", lambda *a, **k: given.append(k["limit"]) or encode(*a, **k))
+    for ask in (engine.generate, lambda text: engine.chat([{"role": "user", "content": text}])):
+        with pytest.raises(ContextError, match="512"):
+            ask("word " * 1_000_000)
+    assert given == [512, 512]
+
+
 def test_logits_take_what_generate_takes(engine: Engine) -> None:
     text = "The capital of France is"
     assert np.array_equal(engine.logits(text), engine.logits(engine.tokenize(text)))
