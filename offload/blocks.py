@@ -7,6 +7,7 @@ names and sizes; it holds no memory and reads no file.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -29,34 +30,34 @@ class BlockKey(NamedTuple):
         return f"{self.kind}:{self.name}{suffix}"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Extent:
-    """A run of bytes in a file: `[offset, offset + nbytes)`."""
+    """A run of bytes in a file: `[offset, offset + nbytes)`. What follows from them is computed once: the hot loop asks."""
 
     path: Path
     offset: int
     nbytes: int
 
-    @property
+    @cached_property
     def end(self) -> int:
         return self.offset + self.nbytes
 
-    @property
+    @cached_property
     def window_offset(self) -> int:
         """Start of the smallest page-aligned window around the extent, the range that direct I/O reads."""
         return align_down(self.offset, PAGE)
 
-    @property
+    @cached_property
     def window_nbytes(self) -> int:
         return align_up(self.end, PAGE) - self.window_offset
 
-    @property
+    @cached_property
     def lead(self) -> int:
         """Bytes of the window that precede the extent."""
         return self.offset - self.window_offset
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class BlockSpec:
     """A block's size and home. `extent` is None for blocks that are born in memory (KV pages, gradients)."""
 
@@ -64,7 +65,7 @@ class BlockSpec:
     nbytes: int
     extent: Extent | None = None
 
-    @property
+    @cached_property
     def footprint(self) -> int:
         """Bytes that the block occupies in a tier that direct I/O fills: its aligned window."""
         return align_up(self.nbytes) if self.extent is None else self.extent.window_nbytes

@@ -7,6 +7,7 @@ vocabularies.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from offload.errors import UsageError
 from offload.kernels.batch import Floats
 from offload.kernels.ggml.dequantize import dequantize
 from offload.models.checkpoint.base import TensorInfo
+from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Reader
 from offload.tiers.ram import Slab
 from offload.units import PAGE, align_up
@@ -27,8 +29,11 @@ class EmbeddingTable:
     `reader` must be the table's own: its small reads must not queue behind megabytes of weights.
     """
 
-    def __init__(self, table: TensorInfo, scale: float, reader: Reader, scratch_rows: int) -> None:
+    def __init__(
+        self, table: TensorInfo, scale: float, reader: Reader, scratch_rows: int, telemetry: Telemetry
+    ) -> None:
         self._table = table
+        self._telemetry = telemetry
         self._scale = np.float32(scale)
         self._reader = reader
         self._row_window = align_up(table.row_nbytes) + PAGE
@@ -83,8 +88,11 @@ class EmbeddingTable:
                 extent = Extent(path=base.path, offset=base.offset + int(token) * size, nbytes=size)
                 view = self._scratch.view(place * self._row_window, self._row_window)
                 flights.append((place, extent, view, self._reader.read_extent(extent, view)))
-            for place, extent, view, handle in flights:
+            asked = perf_counter()
+            for *_, handle in flights:
                 handle.wait(cancel)
+            self._telemetry.waited("token rows", asked, perf_counter())
+            for place, extent, view, _ in flights:
                 rows[place] = np.frombuffer(view, np.uint8, size, extent.lead)
         except BaseException:
             self._reader.cancel_pending()

@@ -109,7 +109,9 @@ class Decoder:
         return result
 
     def _forward(self, tokens: Sequence[int], batches: Sequence[MicroBatch], cancel: CancelToken) -> None:
+        start = perf_counter()
         hidden = self._runner.table.rows(tokens, cancel)
+        self._runner.telemetry.pass_s += perf_counter() - start
         self._runner.scheduler.forward(batches, hidden, cancel)
         self._kv.append(tokens)
 

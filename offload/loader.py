@@ -75,7 +75,7 @@ class Runner:
         table, scale = self.opened.model.embedding, self.opened.model.config.embedding_scale
         reader = NvmeReader(storage, [table.extent.path], 2)
         self._stack.callback(reader.close)
-        self.table = EmbeddingTable(table, scale, reader, micro_batch_tokens(self.opened))
+        self.table = EmbeddingTable(table, scale, reader, micro_batch_tokens(self.opened), self.telemetry)
         self._stack.callback(self.table.close)
         self._stack.callback(reader.close)
         if self.plan.embedding_bytes:

@@ -96,9 +96,8 @@ class Scheduler:
         self._residency.acquire(step.pinned, step.streamed, cancel)
         arrived = perf_counter()
         telemetry = self._telemetry
-        telemetry.wait_s += arrived - asked
         if step.streamed:
-            telemetry.span("wait", step.name, asked, arrived)
+            telemetry.waited(step.name, asked, arrived)
         for batch in range(num_batches):
             kernels_s = self._backend.run(step.segment, batch)
             telemetry.compute_s += kernels_s

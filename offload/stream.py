@@ -66,7 +66,8 @@ class BlockStream:
         Raises:
             StorageError: it could not be read. Cancelled: `cancel` was set. `restart` before going on.
         """
-        self.fill()
+        if not self._ahead:
+            self.fill()
         flight = self._ahead[0]
         assert flight.block.key == key, f"stream is at {flight.block.key}, not at {key}"
         was_ready = flight.handle.done()

@@ -41,6 +41,11 @@ class Telemetry:
         if self.timeline is not None:
             self.timeline.append(Event(lane, name, start_s, end_s, nbytes))
 
+    def waited(self, name: str, start_s: float, end_s: float) -> None:
+        """Nothing was computed because bytes were on their way."""
+        self.wait_s += end_s - start_s
+        self.span("wait", name, start_s, end_s)
+
     @property
     def other_s(self) -> float:
         """Time of passes that was neither kernels nor waits: Python."""
