@@ -77,7 +77,7 @@ class Runner:
         self._stack.callback(reader.close)
         self.table = EmbeddingTable(table, scale, reader, micro_batch_tokens(self.opened), self.telemetry)
         self._stack.callback(self.table.close)
-        self._stack.callback(reader.close)
+        self._stack.callback(reader.close)  # again, now also before the table's memory goes
         if self.plan.embedding_bytes:
             slab = Slab(self.plan.embedding_bytes)
             self._stack.callback(slab.close)

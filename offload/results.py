@@ -87,7 +87,8 @@ class Statistics:
 
     Attributes:
         passes: forward passes, one per generated token and one per prefill chunk.
-        compute_s: time inside kernels. wait_s: time waiting for blocks. other_s: the rest of all passes (Python).
+        compute_s: time inside kernels. wait_s: time waiting for blocks and token rows.
+        other_s: the rest of all passes (Python).
         bound: what limited the passes: "disk" when waiting for reads exceeded computing, else "compute".
     """
 

@@ -277,6 +277,7 @@ def test_a_timeline_opens_as_a_chrome_trace(demo: Path, tmp_path: Path) -> None:
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     lanes = {event["args"]["name"] for event in events if event["ph"] == "M"}
     assert {"compute", "wait", "read"} <= lanes
+    assert "token rows" in {event["name"] for event in events if event.get("cat") == "wait"}
     assert all(event["dur"] >= 0 for event in events if event["ph"] == "X")
 
 

@@ -20,6 +20,7 @@ from offload.elements import BY_GGML_ID, ElementType
 from offload.errors import CheckpointError
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.checkpoint.gguf_metadata import U32, U64, Purse, read_metadata, read_name
+from offload.models.checkpoint.merge import merge_tensors
 from offload.models.checkpoint.reader import DAMAGED, HeaderReader, fingerprint, is_name, is_regular_file, quote
 from offload.units import MIB, align_up
 
@@ -224,13 +225,7 @@ def _check_split(part: GGUFPart, number: int, count: int) -> None:
 
 
 def _merge(parts: list[GGUFPart]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for part in parts:
-        for name, info in part.tensors.items():
-            if name in tensors:
-                message = f"{part.path}: tensor {quote(name)} is also in {tensors[name].extent.path.name}"
-                raise CheckpointError(message, path=str(part.path), tensor=name)
-            tensors[name] = info
+    tensors = merge_tensors((part.path, part.tensors) for part in parts)
     path, expected = parts[0].path, parts[0].metadata.get("split.tensors.count", len(tensors))
     if len(parts) > 1 and expected != len(tensors):
         raise CheckpointError(f"{path}: split.tensors.count says {expected}, parts hold {len(tensors)}", path=str(path))

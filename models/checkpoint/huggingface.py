@@ -13,6 +13,7 @@ from typing import Final
 from offload.errors import CheckpointError
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.checkpoint.json_text import read_json_object
+from offload.models.checkpoint.merge import merge_tensors
 from offload.models.checkpoint.reader import DAMAGED, fingerprint, is_name, is_regular_file, quote
 from offload.models.checkpoint.safetensors import SafetensorsFile, read_safetensors
 
@@ -37,7 +38,7 @@ def open_huggingface(folder: Path, file: Path | None = None) -> Checkpoint:
         tensors = _select(parts, weight_map, folder / _INDEX)
     else:
         parts = [read_safetensors(path) for path in ([file] if file else _files(folder))]
-        tensors = _merge(parts)
+        tensors = merge_tensors((part.path, part.tensors) for part in parts)
     architecture, config = str(config["model_type"]), dict(config)
     if architecture == "gemma3" and isinstance(config.get("text_config"), dict):
         architecture, config, tensors = "gemma3_text", _text_config(config), _text_tensors(tensors)
@@ -100,17 +101,6 @@ def _select(parts: Iterable[SafetensorsFile], weight_map: Mapping[str, str], ind
         elif tensor not in part.skipped:
             message = f"{index}: tensor {quote(tensor)} is not in {quote(name)}; {DAMAGED}"
             raise CheckpointError(message, path=str(index), tensor=tensor)
-    return tensors
-
-
-def _merge(parts: Iterable[SafetensorsFile]) -> dict[str, TensorInfo]:
-    tensors: dict[str, TensorInfo] = {}
-    for part in parts:
-        for name, info in part.tensors.items():
-            if name in tensors:
-                message = f"{part.path}: tensor {quote(name)} is also in {tensors[name].extent.path.name}"
-                raise CheckpointError(message, path=str(part.path), tensor=name)
-            tensors[name] = info
     return tensors
 
 

@@ -50,7 +50,7 @@ class _Graph:
 
 
 class GgmlBackend:
-    """See the module. `kv_address` is page-aligned memory of `kv_nbytes(model, ctx, kv_type)` zeroed bytes."""
+    """See the module. Weights and cache have no memory before `place` and `place_cache` give it to them."""
 
     name = "ggml"
 
@@ -96,7 +96,7 @@ class GgmlBackend:
         return config.num_layers * per_token * align_up(ctx, KV_BUCKET)
 
     def place_cache(self, address: int) -> None:
-        """Puts the KV cache at `address`; the memory must be zeroed (masked keys are still multiplied)."""
+        """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied)."""
         each = self.kv_nbytes(self._model, self._ctx, self._kv_type) // len(self._kv_cells)
         for index, cell in enumerate(self._kv_cells):
             cell.value = address + index * each
