@@ -164,7 +164,7 @@ def show_plan(chat: Chat) -> None:
     rates = ", ".join(f"{edge} {format_rate(bps)}" for edge, bps in plan.edges.items())
     chat.say(
         f"budget {format_size(plan.budget_bytes)}: {format_size(plan.pinned_bytes)} of {format_size(plan.model_bytes)} "
-        f"pinned, {format_size(plan.streamed_bytes)} streamed per token ({rates}); "
+        f"pinned, {format_size(plan.streamed_bytes_at(0))} streamed per token ({rates}); "
         f"about {plan.predicted_tps:.3g} tok/s, bound by {plan.bound}"
     )
 

@@ -54,6 +54,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
     return {
         **{name: getattr(plan, name) for name in names},
         "edges": dict(plan.edges),
+        "streamed_bytes_at_start": plan.streamed_bytes_at(0),
         "compute_s": plan.compute_s,
         "stream_s": plan.stream_s,
         "predicted_tps": plan.predicted_tps,
@@ -86,13 +87,8 @@ def show(plan: Plan, console: Console) -> None:
 
 def verdict(plan: Plan) -> Iterator[str]:
     """What moves, how fast that is, what bounds it, and what would help."""
-    moved = (
-        f"{format_size(plan.streamed_bytes)} per token"
-        if plan.streamed_bytes
-        else "nothing: all weights stay in memory"
-    )
     for edge, bandwidth_bps in plan.edges.items():
-        yield f"{edge}: {moved}" + (f" at {format_rate(bandwidth_bps)}" if plan.streamed_bytes else "")
+        yield f"{edge}: {_moved(plan, bandwidth_bps)}"
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
     yield f"About {plan.predicted_tps:.3g} tokens/s, bound by {plan.bound} ({times})"
     at_end = plan.predicted_tps_at(plan.ctx)
@@ -105,6 +101,18 @@ def verdict(plan: Plan) -> Iterator[str]:
     if more is not None:
         gain = more.predicted_tps / plan.predicted_tps
         yield f"One more GiB would give about {more.predicted_tps:.3g} tokens/s ({gain:.2f}x)"
+
+
+def _moved(plan: Plan, bandwidth_bps: float) -> str:
+    first, last = plan.streamed_bytes_at(0), plan.streamed_bytes_at(plan.ctx)
+    if not last:
+        return "nothing: all weights stay in memory"
+    later = (
+        ""
+        if first == last
+        else f", {format_size(last)} at the end of a full context, whose cache holds weights until then"
+    )
+    return f"{format_size(first)} per token at {format_rate(bandwidth_bps)}{later}"
 
 
 def _memory_table(plan: Plan) -> Table:

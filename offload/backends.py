@@ -11,19 +11,22 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from offload.blocks import BlockKey, BlockSpec
-from offload.config import LoadConfig
+from offload.config import KV_BUCKET, LoadConfig
 from offload.demand import model_blocks
 from offload.device_stream import DeviceStream
 from offload.kernels.batch import Backend, Floats, Segment
 from offload.kernels.ggml.backend import GgmlBackend
-from offload.opening import Footprint, Opened, host_footprint, micro_batch_tokens
+from offload.lending import CacheMemory, IdleMemory, Range
+from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.plan import Plan
 from offload.residency import Residency
 from offload.scheduler import make_steps
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
+from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
-from offload.tiers.ram import Slab
+from offload.tiers.ram import CAN_DISCARD, Slab
+from offload.units import PAGE
 
 if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
     from offload.kernels.torch.backend import TorchBackend
@@ -48,6 +51,11 @@ class Place(Protocol):
     @property
     def backend(self) -> Backend: ...
 
+    @property
+    def idle(self) -> IdleMemory | None:
+        """What can be lent to weights, after `fill`; None where nothing can."""
+        ...
+
 
 @dataclass(slots=True)
 class _Host:
@@ -55,8 +63,8 @@ class _Host:
 
     stack: ExitStack
 
-    def slab(self, nbytes: int) -> Slab:
-        slab = Slab(nbytes)
+    def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
+        slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
         self.stack.callback(slab.close)
         return slab
 
@@ -73,15 +81,27 @@ class HostPlace:
         self._host = _Host(stack)
         self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
         stack.callback(self.backend.close)
+        self._cache: Slab | None = None
 
     def footprint(self) -> Footprint:
-        model = self._opened.model
+        model, ctx = self._opened.model, self._opened.ctx
         every = frozenset(block.key for block in model_blocks(model))
-        workspace = self.backend.reserve([step.segment for step in make_steps(model, every)])
-        return host_footprint(self._opened, self._config.kv_type, workspace)
+        workspace, prompt = self.backend.reserve([step.segment for step in make_steps(model, every)])
+        kv = self.backend.kv_nbytes(model, ctx, self._config.kv_type)
+        whole_pages = self.backend.kv_bucket_nbytes(model, self._config.kv_type) % PAGE == 0
+        return Footprint(
+            kv_bytes=kv,
+            workspace_bytes=workspace,
+            prompt_bytes=prompt,
+            lends=whole_pages and CAN_DISCARD and can_trim_heap(),
+        )
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
-        self.backend.place_cache(self._host.slab(plan.kv_bytes).address)
+        # a huge page would bring more of the cache into use than a bucket
+        lends = plan.on_loan(0) > 0
+        cache = self._host.slab(plan.kv_bytes, huge_pages=not lends, prefault=not lends)
+        self.backend.place_cache(cache.address)
+        self._cache = cache if lends else None
         blocks = model_blocks(self._opened.model)
         streamed = [block for block in blocks if block.key in plan.streamed]
         residency = Residency(self.backend.place, self._host.stream(streamed, plan.ring_bytes, reader), telemetry)
@@ -89,6 +109,24 @@ class HostPlace:
         if pinned:
             residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
         return residency
+
+    @property
+    def idle(self) -> IdleMemory | None:
+        """The unused part of the cache, and what prompts leave behind."""
+        if self._cache is None:
+            return None
+        return IdleMemory(CacheMemory(self._cache, self._cache_ranges, KV_BUCKET), self.backend.release_prompt)
+
+    def _cache_ranges(self, first: int, last: int) -> list[Range]:
+        """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tensors."""
+        model, kv_type = self._opened.model, self._config.kv_type
+        bucket = self.backend.kv_bucket_nbytes(model, kv_type)
+        tensors = 2 * model.config.num_layers
+        each = self.backend.kv_nbytes(model, self._opened.ctx, kv_type) // tensors
+        return [
+            Range(tensor * each + first * bucket, (last - first) * bucket)
+            for tensor in range(tensors if last > first else 0)
+        ]
 
     def place_vector(self, name: str, values: Floats) -> None:
         self.backend.place_vector(name, values)
@@ -152,6 +190,10 @@ class DevicePlace:
         if report is not None:
             report(plan.device_pinned_bytes, plan.device_pinned_bytes)
         return Residency(self._backend.place, stream, telemetry)
+
+    @property
+    def idle(self) -> None:
+        """Nothing: cache and workspace are on the device."""
 
     def place_vector(self, name: str, values: Floats) -> None:
         self._vectors[name] = values

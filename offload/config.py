@@ -19,6 +19,13 @@ MICRO_BATCH_TOKENS: Final = 256
 matrix kernels run, so a partition that followed the budget would make the last bits of the logits follow it too. On an 8B
 model 512 computes no faster (61 to 63 tokens/s, against 61 to 65) in twice the workspace, and 128 is a tenth slower."""
 
+FEW_TOKENS: Final = 32
+"""A pass of at most so many tokens runs in the workspace that is always there; longer ones use the prompts' own."""
+
+KV_BUCKET: Final = 256
+"""KV lengths are rounded up to this, as llama.cpp does: graphs stay cached for 256 tokens, and masked keys add nothing. The
+cache's memory comes into use in the same steps."""
+
 READ_BYTES: Final = 8 * MIB  # one disk request; 2 to 8 MiB measured alike, larger ones delay cancellation
 READ_WORKERS: Final = 4  # threads with a request in flight; one to four measured alike on dense models
 HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix moves in parts of at most this size, lest it set the ring's

@@ -8,14 +8,14 @@ from math import ceil
 from typing import Final
 
 from offload.blocks import BlockKey, BlockSpec
-from offload.config import MICRO_BATCH_TOKENS
+from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
-MARGIN_BYTES: Final = 64 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
+MARGIN_BYTES: Final = 32 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
 MAX_MICRO_BATCHES: Final = 8
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
@@ -65,9 +65,9 @@ def micro_batches_per_pass(
     return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // 50 // micro_batch_bytes))
 
 
-def micro_batch_nbytes(model: Model, ctx: int) -> int:
+def micro_batch_nbytes(model: Model, ctx: int, tokens: int = MICRO_BATCH_TOKENS) -> int:
     """Memory that each micro-batch of a pass holds: two hidden states, embedded tokens, masks."""
-    tokens = min(MICRO_BATCH_TOKENS, ctx)
+    tokens = min(tokens, ctx)
     windows = len(set(model.config.sliding_windows))
     return tokens * (4 * 4 * model.config.hidden_size + 8 * windows * align_up(ctx, 256))
 
@@ -78,13 +78,14 @@ def logits_rows(model: Model) -> int:
 
 
 def make_demand(
-    model: Model, *, ctx: int, kv_bytes: int, workspace_bytes: int, base_bytes: int, rates: Rates,
-    budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
+    model: Model, *, ctx: int, kv_bytes: int, workspace_bytes: int, prompt_bytes: int, lends: bool, base_bytes: int,
+    rates: Rates, budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
     Args:
-        workspace_bytes: what the backend's graphs need.
+        workspace_bytes: what the backend's graphs need for a few tokens. prompt_bytes: that prompts need in addition.
+        lends: whether memory that is idle can hold weights.
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
@@ -101,12 +102,17 @@ def make_demand(
     per_pass = micro_batches_per_pass(
         per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP
     )
+    few = min(FEW_TOKENS, ctx)
+    workspace_bytes += micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
+    prompt_bytes += per_pass * per_batch + _table_scratch(model.embedding, rows)
+    prompt_bytes -= micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
+    bucket_bytes = kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET)
     fixed = {
         "base": base_bytes,
         "margin": MARGIN_BYTES,
         "vectors": sum(_vector_nbytes(model, name) for name in model.vectors),
         "kv": align_up(kv_bytes),
-        "workspace": workspace_bytes + per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model),
+        "workspace": workspace_bytes + prompt_bytes + _logits(model),
     }
     table = model.embedding
     return Demand(
@@ -122,6 +128,9 @@ def make_demand(
         device_fixed=device_fixed,
         ctx=ctx,
         prefill_tokens_per_pass=per_pass * rows,
+        kv_bucket_tokens=KV_BUCKET,
+        kv_bucket_bytes=bucket_bytes if lends else 0,
+        prompt_bytes=prompt_bytes if lends else 0,
     )  # fmt: skip
 
 

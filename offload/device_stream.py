@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple, Protocol
 
 from offload.blocks import BlockKey, BlockSpec
@@ -47,7 +48,8 @@ class DeviceStream:
         pinned: Mapping[BlockKey, memoryview], stream: BlockStream | None,
     ) -> None:  # fmt: skip
         assert blocks, "an empty stream has nothing to copy"
-        self._blocks = blocks
+        self._all = tuple(blocks)
+        self._blocks = self._all
         self._tier = tier
         self._base = base
         self._pinned = pinned
@@ -100,6 +102,13 @@ class DeviceStream:
         self._started = 0
         if self._stream is not None:
             self._stream.restart()
+
+    def replace(self, keys: AbstractSet[BlockKey]) -> None:
+        """Begins anew with a cycle of these blocks only."""
+        self.restart()
+        self._blocks = tuple(block for block in self._all if block.key in keys)
+        if self._stream is not None:
+            self._stream.replace(keys)
 
     @property
     def _has_next(self) -> bool:

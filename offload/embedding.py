@@ -66,6 +66,10 @@ class EmbeddingTable:
             values *= self._scale
         return values.reshape(ids.size, hidden)
 
+    def release_scratch(self) -> None:
+        """Gives back the memory into which rows are read; the next rows take it anew."""
+        self._scratch.discard(0, self._scratch.nbytes)
+
     def close(self) -> None:
         """Frees the scratch memory. Idempotent."""
         self._resident = None

@@ -299,10 +299,10 @@ class Engine:
         return {"nvme->ram": self._open_runner.reader.statistics()}
 
     def _residency(self) -> dict[str, TierUse]:
-        plan, rate = self._open_runner.plan, self._open_runner.telemetry.hit_rate
+        runner = self._open_runner
         return {
-            "ram": TierUse(bytes=plan.pinned_bytes, hit_rate=rate),
-            "nvme": TierUse(bytes=plan.streamed_bytes, hit_rate=1.0),
+            "ram": TierUse(bytes=runner.plan.pinned_bytes + runner.lent_bytes, hit_rate=runner.telemetry.hit_rate),
+            "nvme": TierUse(bytes=runner.plan.streamed_bytes - runner.lent_bytes, hit_rate=1.0),
         }
 
     def _tokens(self, prompt: Prompt) -> list[int]:

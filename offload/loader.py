@@ -15,12 +15,14 @@ from offload.config import LoadConfig
 from offload.embedding import EmbeddingTable
 from offload.kernels.batch import Backend, Floats
 from offload.kernels.ggml.dequantize import dequantize
+from offload.lending import IdleMemory, Lending
 from offload.models.base import Vector
 from offload.opening import Opened, Progress, micro_batch_tokens, open_model, plan_for
 from offload.plan import Plan
+from offload.residency import Residency
 from offload.scheduler import Scheduler
 from offload.telemetry import Telemetry
-from offload.tiers.base import OnRead
+from offload.tiers.base import CancelToken, OnRead
 from offload.tiers.files import LocalStorage, Storage
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
@@ -52,6 +54,21 @@ class Runner:
         self.backend: Backend = place.backend
         self.scheduler = Scheduler(self.opened.model, place.backend, residency, self.plan.streamed, self.telemetry)
         place.reserve(self.scheduler.segments)
+        self._lending = self._lend(place.idle, residency)
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of streamed weights that idle memory holds now."""
+        return 0 if self._lending is None else self._lending.nbytes
+
+    def make_room(self, positions: int, pass_tokens: int, cancel: CancelToken | None = None) -> None:
+        """Before passes of up to `pass_tokens` tokens that fill the cache up to `positions`; see `Lending`.
+
+        Raises:
+            StorageError, Cancelled, AllocationError: see `Lending.make_room`.
+        """
+        if self._lending is not None:
+            self._lending.make_room(positions, pass_tokens, cancel)
 
     def close(self) -> None:
         """Frees memory, threads and files, in the reverse order of their making. Idempotent."""
@@ -83,6 +100,21 @@ class Runner:
             self._stack.callback(slab.close)
             self.reader.read_extent(table.extent, slab.view(0, table.extent.window_nbytes)).wait()
             self.table.place(slab.view(table.extent.lead, table.nbytes))
+
+    def _lend(self, idle: IdleMemory | None, residency: Residency) -> Lending | None:
+        most = self.plan.on_loan(0)
+        if idle is None or not most:
+            return None
+        slab = Slab(sum(block.footprint for block in self.plan.borrowers[:most]), prefault=False)
+        self._stack.callback(slab.close)
+        self._stack.callback(self.reader.close)
+
+        def release_prompt() -> None:
+            idle.release_prompt()
+            self.table.release_scratch()
+
+        lent = IdleMemory(idle.cache, release_prompt)
+        return Lending(self.plan, lent, slab, residency, self.reader, self.scheduler.set_streamed)
 
     def _on_read(self) -> OnRead | None:
         if self.telemetry.timeline is None:

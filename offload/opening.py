@@ -9,7 +9,7 @@ from typing import Final
 
 import psutil
 
-from offload.config import MICRO_BATCH_TOKENS, KVType, LoadConfig
+from offload.config import MICRO_BATCH_TOKENS, LoadConfig
 from offload.demand import MARGIN_BYTES, make_demand, micro_batch_nbytes
 from offload.elements import element_type
 from offload.errors import BudgetError, UsageError
@@ -104,10 +104,17 @@ def torch_device(config: LoadConfig) -> str | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Footprint:
-    """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device)."""
+    """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device).
+
+    Attributes:
+        workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition.
+        lends: whether what the cache and prompts do not use can be given back to the system, and so be lent to weights.
+    """
 
     kv_bytes: int
     workspace_bytes: int
+    prompt_bytes: int = 0
+    lends: bool = False
     device_fixed: dict[str, int] | None = None
     device_budget_bytes: int | None = None
 
@@ -124,14 +131,15 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         opened.model,
         element_type(config.kv_type.upper()),
         opened.threads,
-        PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2,
+        PROBE_BYTES if roomy_probe else MARGIN_BYTES,
     )
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
     def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
             opened.model, ctx=opened.ctx, kv_bytes=footprint.kv_bytes, workspace_bytes=footprint.workspace_bytes,
-            base_bytes=base_bytes, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
+            prompt_bytes=footprint.prompt_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
+            budget_bytes=budget, device_fixed=footprint.device_fixed,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time
@@ -149,11 +157,6 @@ def default_budget(base_bytes: int) -> int:
     """What this process uses and what the machine has free, less a tenth and at least a quarter of a GiB for others."""
     free = available_memory()
     return base_bytes + free - max(free // 10, GIB // 4)
-
-
-def host_footprint(opened: Opened, kv_type: KVType, workspace_bytes: int) -> Footprint:
-    """The footprint of the ggml backend."""
-    return Footprint(kv_bytes=GgmlBackend.kv_nbytes(opened.model, opened.ctx, kv_type), workspace_bytes=workspace_bytes)
 
 
 def micro_batch_tokens(opened: Opened) -> int:

@@ -4,24 +4,27 @@
 
 Blocks that are not pinned are streamed from disk once per pass through the ring. With a device there is one tier more, of
 the same form: what is not pinned in VRAM passes through a ring there, and only that needs a place in RAM or on disk.
+
+The KV cache is empty at first, and a prompt's workspace is idle while tokens are decoded: until they are used, such bytes
+hold streamed blocks, on loan. The plan counts them where they belong; a loan makes tokens faster and takes no more memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.errors import BudgetError
 from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
-from offload.units import format_size
+from offload.units import MIB, align_down, format_size
 
 DEFAULT_DISK_BPS: Final = 1.0e9
 OVERLAP_COST: Final = 0.15
 """What computing and reading take from each other while both run: memory bandwidth, and a core now and then. Measured on two
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
+LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
 RING_SLACKS: Final = (1.0, 0.5, 0.25, 0.0)
 
 
@@ -38,6 +41,9 @@ class Demand:
         attention_s: what attention adds to it at the end of a full context.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
+        kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
+            the cache's unused part cannot be lent.
+        prompt_bytes: of the workspace, what only prompts use and give back; 0 where it cannot be lent.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -51,6 +57,18 @@ class Demand:
     prefill_tokens_per_pass: int
     link_bps: float = 0.0
     device_fixed: Mapping[str, int] | None = None
+    kv_bucket_tokens: int = 1
+    kv_bucket_bytes: int = 0
+    prompt_bytes: int = 0
+
+    def kv_used(self, tokens: int) -> int:
+        """Bytes of the KV cache in use when it holds `tokens` positions."""
+        buckets = max(1, -(-tokens // self.kv_bucket_tokens))
+        return min(self.fixed["kv"], buckets * self.kv_bucket_bytes) if self.kv_bucket_bytes else self.fixed["kv"]
+
+    def idle(self, tokens: int, *, prompt: bool) -> int:
+        """Bytes that can be lent while the cache holds `tokens` positions and no prompt, or one, is being read."""
+        return self.fixed["kv"] - self.kv_used(tokens) + (0 if prompt else self.prompt_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +82,12 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """A placement and what follows from it. Byte counts are of host RAM unless they say otherwise."""
+    """A placement and what follows from it. Byte counts are of host RAM unless they say otherwise.
+
+    Attributes:
+        pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
+        borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
+    """
 
     budget_bytes: int
     minimum_bytes: int
@@ -79,8 +102,8 @@ class Plan:
     embedding_bytes: int
     edges: Mapping[str, float]
     compute_s: float
-    stream_s: float
     placements: tuple[Placement, ...]
+    borrowers: tuple[BlockSpec, ...]
     ctx: int
     prefill_tokens_per_pass: int
     device_budget_bytes: int | None = None
@@ -101,15 +124,41 @@ class Plan:
         share of computing grows with the position (a sliding window's, which stops growing, counts as if it grew evenly).
         """
         compute_s = self.compute_s + self.demand.attention_s * min(1.0, position / self.ctx)
-        longer, shorter = max(compute_s, self.stream_s), min(compute_s, self.stream_s)
+        stream_s = self.stream_s_at(position)
+        longer, shorter = max(compute_s, stream_s), min(compute_s, stream_s)
         return 1 / max(longer + OVERLAP_COST * shorter, 1e-9)
+
+    def on_loan(self, tokens: int, *, prompt: bool = False) -> int:
+        """How many of `borrowers` fit into what is idle, see `Demand.idle`."""
+        idle = align_down(self.demand.idle(tokens, prompt=prompt), LOAN_GRAIN)
+        count = 0
+        for block in self.borrowers:
+            idle -= block.footprint
+            if idle < 0:
+                break
+            count += 1
+        return count
+
+    def streamed_bytes_at(self, position: int) -> int:
+        """Bytes read from disk for one decoded token behind `position` others."""
+        return self.streamed_bytes - sum(block.footprint for block in self.borrowers[: self.on_loan(position + 1)])
+
+    def stream_s_at(self, position: int) -> float:
+        """Seconds that moving the weights of such a token takes, over the slowest edge."""
+        link_s = self.link_bytes / self.demand.link_bps if self.link_bytes else 0.0
+        return max(self.streamed_bytes_at(position) / self.demand.disk_bps, link_s)
+
+    @property
+    def stream_s(self) -> float:
+        """`stream_s_at` the start of the context."""
+        return self.stream_s_at(0)
 
     @property
     def bound(self) -> Literal["disk", "link", "compute"]:
         """What limits decoding."""
         if self.compute_s >= self.stream_s:
             return "compute"
-        return "disk" if self.streamed_bytes / self.demand.disk_bps >= self.stream_s else "link"
+        return "disk" if self.streamed_bytes_at(0) / self.demand.disk_bps >= self.stream_s else "link"
 
     @property
     def used_bytes(self) -> int:
@@ -168,15 +217,15 @@ def make_plan(demand: Demand, budget_bytes: int, device_budget_bytes: int | None
         return _plan(demand, budget_bytes, _host(demand, budget_bytes, everything))
     assert device_budget_bytes is not None, "a demand on a device needs a device budget"
     on_device = _device(demand, device_budget_bytes)
-    below = _host(demand, budget_bytes, on_device.streamed)
+    below = _host(demand, budget_bytes, frozenset(on_device.streamed))
     return _plan(demand, budget_bytes, below, on_device, device_budget_bytes)
 
 
 class _Share(NamedTuple):
-    """One tier's part: which of its blocks are pinned, which pass through its ring, and the ring's bytes."""
+    """One tier's part: its pinned blocks, those that pass through its ring, first chosen first, and the ring's bytes."""
 
     pinned: frozenset[int]
-    streamed: frozenset[int]
+    streamed: tuple[int, ...]
     ring: int
 
 
@@ -209,7 +258,7 @@ def _device(demand: Demand, budget: int) -> _Share:
 
 
 def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """The roomiest ring that streams at most 5% more than the least.
+    """The roomiest ring that streams at most 5% more than the least, counted where most is on loan: an empty context.
 
     A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
     """
@@ -222,8 +271,9 @@ def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | N
     ]
     if not shares:
         return None
-    least = min(_nbytes(demand, share.streamed) for share in shares)
-    return next(share for share in shares if _nbytes(demand, share.streamed) <= 1.05 * least)
+    idle = demand.idle(0, prompt=False)
+    moved = [max(0, _nbytes(demand, share.streamed) - idle) for share in shares]
+    return next(share for share, nbytes in zip(shares, moved, strict=True) if nbytes <= 1.05 * min(moved))
 
 
 def _choose(
@@ -232,28 +282,28 @@ def _choose(
     """Streams as few of `members`, in this order, as the slack allows, or None when they do not fit."""
     pinned = _nbytes(demand, members)
     if pinned <= available:
-        return _Share(members, frozenset(), 0)
-    streamed: set[int] = set()
+        return _Share(members, (), 0)
+    streamed: list[int] = []
     for index in order:
         if index not in members:
             continue
-        streamed.add(index)
+        streamed.append(index)
         pinned -= demand.blocks[index].footprint
         if pinned > available:
             continue
         ring = _ring(demand, streamed, slack)
         if pinned + ring <= available:
-            return _Share(members - streamed, frozenset(streamed), ring)
+            return _Share(members.difference(streamed), tuple(streamed), ring)
     return None
 
 
-def _ring(demand: Demand, streamed: AbstractSet[int], slack: float) -> int:
+def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
     needs = [[demand.blocks[i].footprint for i in stage if i in streamed] for stage in demand.stages]
     return ring_capacity(needs, slack)
 
 
-def _nbytes(demand: Demand, streamed: AbstractSet[int]) -> int:
-    return sum(demand.blocks[i].footprint for i in streamed)
+def _nbytes(demand: Demand, indices: Iterable[int]) -> int:
+    return sum(demand.blocks[i].footprint for i in indices)
 
 
 def _plan(
@@ -279,8 +329,8 @@ def _plan(
         embedding_bytes=table.footprint if table and table.footprint <= left else 0,
         edges=edges,
         compute_s=demand.compute_s,
-        stream_s=max(moved / demand.disk_bps, link / demand.link_bps if link else 0.0),
         placements=_placements(demand.blocks, host, device),
+        borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
         ctx=demand.ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
         device_budget_bytes=device_budget,
@@ -292,9 +342,11 @@ def _plan(
 
 
 def _placements(blocks: Sequence[BlockSpec], host: _Share, device: _Share | None) -> tuple[Placement, ...]:
+    streamed = frozenset(host.streamed)
+
     def tier(index: int) -> TierName:
         if device is not None and index in device.pinned:
             return "vram"
-        return "nvme" if index in host.streamed else "ram"
+        return "nvme" if index in streamed else "ram"
 
     return tuple(Placement(key=block.key, tier=tier(i), nbytes=block.nbytes) for i, block in enumerate(blocks))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Protocol
 
 from offload.blocks import BlockKey, BlockSpec
@@ -25,6 +26,8 @@ class Stream(Protocol):
 
     def restart(self) -> None: ...
 
+    def replace(self, keys: AbstractSet[BlockKey]) -> None: ...
+
 
 class Residency:
     """Pinned blocks in one slab, streamed ones in the ring of `stream` (None when nothing is streamed)."""
@@ -41,14 +44,16 @@ class Residency:
         slab: Slab,
         reader: Reader,
         progress: Callable[[int, int], None] | None = None,
+        offset: int = 0,
+        cancel: CancelToken | None = None,
     ) -> None:
-        """Reads `blocks` into `slab`, one after the other, and keeps them there.
+        """Reads `blocks` into `slab` from `offset` on, one after the other, and keeps them there.
 
         Raises:
-            StorageError: a block could not be read.
+            StorageError: a block could not be read. Cancelled: `cancel` was set; reads may still be in flight.
         """
         flights: list[tuple[BlockSpec, Handle]] = []
-        offset = 0
+        total = sum(block.footprint for block in blocks)
         for block in blocks:
             assert block.extent is not None
             flights.append((block, reader.read_extent(block.extent, slab.view(offset, block.footprint))))
@@ -56,11 +61,21 @@ class Residency:
             offset += block.footprint
         done = 0
         for block, handle in flights:
-            handle.wait()
+            handle.wait(cancel)
             done += block.footprint
             self._place(block.key.name, self._pinned[block.key])
             if progress is not None:
-                progress(done, offset)
+                progress(done, total)
+
+    def unpin(self, blocks: Iterable[BlockSpec]) -> None:
+        """Forgets where these blocks are; nobody computes with them before they arrive anew."""
+        for block in blocks:
+            self._pinned.pop(block.key, None)
+
+    def stream(self, keys: AbstractSet[BlockKey]) -> None:
+        """From now on these blocks are streamed, in the order in which the stream knew them from the start."""
+        if self._stream is not None:
+            self._stream.replace(keys)
 
     def address(self, key: BlockKey) -> int | None:
         """Where a pinned block's first byte is; None for a block that is not pinned."""

@@ -61,10 +61,15 @@ class Scheduler:
     def __init__(
         self, model: Model, backend: Backend, residency: Residency, streamed: frozenset[BlockKey], telemetry: Telemetry
     ) -> None:
+        self._model = model
         self._backend = backend
         self._residency = residency
         self._telemetry = telemetry
         self._steps = make_steps(model, streamed)
+
+    def set_streamed(self, streamed: frozenset[BlockKey]) -> None:
+        """From the next pass on these blocks have to be waited for, and no others."""
+        self._steps = make_steps(self._model, streamed)
 
     @property
     def segments(self) -> list[Segment]:

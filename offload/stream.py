@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from typing import NamedTuple
 
 from offload.blocks import BlockKey, BlockSpec
@@ -35,11 +36,12 @@ class Arrival(NamedTuple):
 
 
 class BlockStream:
-    """See the module. `blocks` must be non-empty and in order of use; `slab` is the ring's memory."""
+    """See the module. `blocks` are all that may ever be streamed, in order of use; `slab` is the ring's memory."""
 
     def __init__(self, blocks: Sequence[BlockSpec], slab: Slab, reader: Reader) -> None:
         assert blocks, "an empty stream has nothing to read"
-        self._blocks = blocks
+        self._all = tuple(blocks)
+        self._blocks = self._all
         self._slab = slab
         self._reader = reader
         self._ring = RingAllocator(slab.nbytes)
@@ -91,6 +93,11 @@ class BlockStream:
         for _ in range(count):
             self._ring.release(self._taken.popleft().region.number)
         self.fill()
+
+    def replace(self, keys: AbstractSet[BlockKey]) -> None:
+        """Begins anew with a cycle of these blocks only."""
+        self.restart()
+        self._blocks = tuple(block for block in self._all if block.key in keys)
 
     def restart(self) -> None:
         """Forgets what is in flight and begins the cycle anew; after an error or a cancelled pass."""

@@ -21,6 +21,8 @@ from offload.units import MIB, PAGE, align_up, format_size
 HUGE_PAGE: Final = 2 * MIB
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; the mmap module does not name it
 PREFAULT_STEP: Final = 128 * MIB  # `madvise` holds the interpreter lock; between steps other threads run
+CAN_DISCARD: Final = hasattr(mmap, "MADV_DONTNEED") and sys.platform.startswith("linux")
+"""Whether a range of a mapping can be given back at once; elsewhere the advice is none, or comes without a promise."""
 
 
 class Slab:
@@ -48,19 +50,42 @@ class Slab:
         if huge_pages:
             self._advise_huge_pages()
         if prefault:
-            self._prefault()
+            self.populate(0, self.nbytes)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Bytes `[offset, offset + nbytes)`, writable, without a copy."""
         assert 0 <= offset <= offset + nbytes <= self.nbytes, (offset, nbytes, self.nbytes)
         return self._all[offset : offset + nbytes]
 
+    def populate(self, offset: int, nbytes: int) -> None:
+        """Makes the pages under a range resident now; a range must begin and end on a page.
+
+        Raises:
+            AllocationError: the kernel has none.
+        """
+        assert offset % PAGE == nbytes % PAGE == 0 and 0 <= offset <= offset + nbytes <= self.nbytes, (offset, nbytes)
+        end = offset + nbytes
+        while offset < end:
+            length = min(PREFAULT_STEP, end - offset)
+            if not self._populate(offset, length):
+                self._all[offset : offset + length : PAGE] = bytes(length // PAGE)
+            offset += length
+
+    def discard(self, offset: int, nbytes: int) -> None:
+        """Gives the pages under a range back at once; it reads as zeros when it is next touched.
+
+        Nothing happens where the system cannot do that.
+        """
+        assert offset % PAGE == nbytes % PAGE == 0 and 0 <= offset <= offset + nbytes <= self.nbytes, (offset, nbytes)
+        if nbytes and self._region is not None and CAN_DISCARD:
+            self._region.madvise(mmap.MADV_DONTNEED, self._start + offset, nbytes)
+
     def close(self) -> None:
         """Gives the memory back at once, idempotent. Views still held stay addressable, their content is undefined."""
         region, self._region = self._region, None
         if region is None:
             return
-        if hasattr(mmap, "MADV_DONTNEED"):
+        if CAN_DISCARD:
             region.madvise(mmap.MADV_DONTNEED, self._start, self.nbytes)
         self._all = memoryview(b"")  # the mapping goes with its last view
 
@@ -77,12 +102,6 @@ class Slab:
     def _check_available(self) -> None:
         if self.nbytes > available_memory():
             raise self._refused("the machine or its memory control group has less free")
-
-    def _prefault(self) -> None:
-        for offset in range(0, self.nbytes, PREFAULT_STEP):
-            length = min(PREFAULT_STEP, self.nbytes - offset)
-            if not self._populate(offset, length):
-                self._all[offset : offset + length : PAGE] = bytes(length // PAGE)
 
     def _populate(self, offset: int, length: int) -> bool:
         """Lets the kernel touch a range; False where this kernel cannot."""

@@ -21,14 +21,15 @@ def main() -> None:
             prompt(options, VOCAB_SIZE), max_tokens=options.tokens + 1, temperature=0, ignore_eos=True
         )
         plan, statistics = engine.plan, engine.statistics()
+        middle = options.prompt_tokens + options.tokens // 2
     report(
         "offload",
         load_s=done.timings.load_s,
         prefill_tps=done.timings.prefill_tps,
         decode_tps=done.timings.decode_tps,
         tokens=list(done.tokens),
-        predicted_tps=plan.predicted_tps_at(options.prompt_tokens + options.tokens // 2),
-        streamed_bytes=plan.streamed_bytes,
+        predicted_tps=plan.predicted_tps_at(middle),
+        streamed_bytes=plan.streamed_bytes_at(middle),
         io={edge: asdict(use) | {"bandwidth_bps": use.bandwidth_bps} for edge, use in done.io.items()},
         statistics={"compute_s": statistics.compute_s, "wait_s": statistics.wait_s, "other_s": statistics.other_s},
         peak_rss_bytes=done.peak_rss_bytes,

@@ -10,6 +10,7 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.cli.plan import one_more, plan_json, show
 from offload.errors import BudgetError
 from offload.plan import Demand, make_plan
+from offload.units import format_size
 
 
 @pytest.fixture
@@ -55,6 +56,21 @@ def test_what_a_full_context_costs_is_said_where_it_is_felt(demand):
     slower = make_plan(replace(demand, attention_s=0.2), 8 * GIB)
     assert "end of the full context of 4096 tokens: about 2.5 tokens/s" in drawn(slower)
     assert plan_json(slower)["predicted_full_context_tps"] == pytest.approx(2.5)
+
+
+def test_what_an_empty_context_lends_is_said(demand):
+    lends = replace(demand, fixed={**demand.fixed, "kv": 2 * GIB}, kv_bucket_tokens=256, kv_bucket_bytes=GIB // 16)
+    plan = make_plan(lends, int(5.5 * GIB))
+    assert plan.streamed_bytes_at(0) < plan.streamed_bytes_at(4096)
+    text = " ".join(drawn(plan).split())
+    for part in (
+        format_size(plan.streamed_bytes_at(0)),
+        format_size(plan.streamed_bytes_at(4096)),
+        "holds weights until then",
+    ):
+        assert part in text
+    assert plan_json(plan)["streamed_bytes_at_start"] == plan.streamed_bytes_at(0)
+    assert "holds weights" not in drawn(make_plan(demand, int(3.5 * GIB)))
 
 
 def test_json_adds_up(demand):

@@ -47,6 +47,9 @@ class FakePlan:
         SimpleNamespace(key=BlockKey("weight", 1, "blk.1.ffn_up.weight"), tier="nvme", nbytes=3 * GIB),
     )
 
+    def streamed_bytes_at(self, position: int) -> int:
+        return self.streamed_bytes
+
     def predicted_tps_at(self, position: int) -> float:
         return self.predicted_tps
 

@@ -69,6 +69,26 @@ def test_without_prefault_nothing_is_touched():
     slab.close()
 
 
+@pytest.mark.parametrize("by_kernel", [True, False])
+@pytest.mark.skipif(not ram.CAN_DISCARD, reason="this system does not give parts of a mapping back")
+def test_a_range_is_made_resident_and_given_back_without_touching_its_neighbours(by_kernel, monkeypatch):
+    if not by_kernel:
+        monkeypatch.setattr(ram, "MADV_POPULATE_WRITE", 9999)
+    before = resident()
+    slab = Slab(64 * MIB, huge_pages=False, prefault=False)
+    slab.populate(16 * MIB, 32 * MIB)
+    assert 30 * MIB < resident() - before < 36 * MIB
+    whole = np.frombuffer(slab.view(0, slab.nbytes), np.uint8)
+    whole[16 * MIB : 48 * MIB] = 5
+    slab.discard(20 * MIB, 20 * MIB)
+    assert resident() - before < 18 * MIB
+    assert whole[20 * MIB - 1] == whole[40 * MIB] == 5
+    assert whole[20 * MIB] == whole[40 * MIB - 1] == 0
+    slab.discard(0, 0)
+    slab.close()
+    slab.discard(0, PAGE)
+
+
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="no /proc")
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no huge pages")
 def test_huge_pages_are_used_when_asked_for():

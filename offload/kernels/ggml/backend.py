@@ -10,43 +10,29 @@ reads what it overwrites.
 from __future__ import annotations
 
 import ctypes
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from math import prod
 from time import perf_counter
 from typing import Final
 
 import numpy as np
 
-from offload.config import MICRO_BATCH_TOKENS, KVType
+from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32, element_type
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import Floats, MicroBatch, Segment
-from offload.kernels.ggml.inputs import KV_BUCKET, BatchInputs, bucket
+from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import STATUS_ABORTED, STATUS_SUCCESS, AbortCallback, Library, load_library
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
+from offload.kernels.ggml.workspace import Graph, Workspace
 from offload.models.base import Model
 from offload.tiers.base import CancelToken
 from offload.units import align_up
 
-GRAPHS_PER_SEGMENT: Final = 4  # decode and prefill, for this KV bucket and the one before
+GRAPHS_PER_STAGE: Final = 4  # decode and prefill, for this KV bucket and the one before
 ANCHOR_NBYTES: Final = 1 << 46
 I32: Final = 26  # ggml's numbers of the integer types, which no weight has
 I64: Final = 27
-
-
-@dataclass(slots=True)
-class _Graph:
-    """A built graph: the cells through which its leaves and results are pointed at memory before a run."""
-
-    context: int
-    graph: int
-    inputs: dict[str, ctypes.c_uint64]
-    masks: dict[int | None, ctypes.c_uint64]
-    hidden_in: ctypes.c_uint64
-    hidden_out: ctypes.c_uint64 | None
-    parts: list[tuple[int, ctypes.c_uint64]]  # (number of the head part, its data cell)
 
 
 class GgmlBackend:
@@ -62,7 +48,6 @@ class GgmlBackend:
         self._kv_element = element_type(kv_type.upper())
         self._backend = self._lib.ggml_backend_cpu_init()
         self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
-        self._allocator = self._lib.ggml_gallocr_new(self._lib.ggml_backend_cpu_buffer_type())
         self._anchor_memory = np.zeros(8192, dtype=np.uint8)
         self._anchor_address = align_up(self._anchor_memory.ctypes.data)
         # tensors that live in our memory need a buffer object; it is never read through, only data pointers are
@@ -76,8 +61,8 @@ class GgmlBackend:
         self._make_matrices()
         self._make_cache()
         self._vectors: dict[str, Floats] = {}
-        self._graphs: OrderedDict[tuple[int, int, int, int, int], _Graph] = OrderedDict()
-        self._max_graphs = 8
+        self._few = Workspace(self._lib, GRAPHS_PER_STAGE * len(model.stages))
+        self._prompt = Workspace(self._lib, GRAPHS_PER_STAGE * len(model.stages))
         self._cancel: CancelToken | None = None
         self._inputs: list[BatchInputs] = []
         self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
@@ -90,10 +75,15 @@ class GgmlBackend:
 
     @staticmethod
     def kv_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
-        """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket)."""
-        config, element = model.config, element_type(kv_type.upper())
-        per_token = 2 * config.num_kv_heads * config.head_dim * element.block_bytes
-        return config.num_layers * per_token * align_up(ctx, KV_BUCKET)
+        """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket): key, then value of every layer."""
+        buckets = align_up(ctx, KV_BUCKET) // KV_BUCKET
+        return 2 * model.config.num_layers * buckets * GgmlBackend.kv_bucket_nbytes(model, kv_type)
+
+    @staticmethod
+    def kv_bucket_nbytes(model: Model, kv_type: KVType) -> int:
+        """Bytes of one bucket of the keys, or of the values, of one layer."""
+        width = model.config.num_kv_heads * model.config.head_dim
+        return KV_BUCKET * width * element_type(kv_type.upper()).block_bytes
 
     def place_cache(self, address: int) -> None:
         """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied)."""
@@ -110,18 +100,28 @@ class GgmlBackend:
         self._vectors[name] = np.ascontiguousarray(values, dtype=np.float32)
         self._cells[name].value = self._vectors[name].ctypes.data
 
-    def reserve(self, segments: Sequence[Segment], micro_batch: int = MICRO_BATCH_TOKENS) -> int:
-        """Builds the largest graph of every segment once, so that no later one needs more. Returns workspace bytes."""
-        self._max_graphs = max(8, GRAPHS_PER_SEGMENT * len(segments))
-        tokens = min(micro_batch, self._ctx)
-        batch = MicroBatch(self._ctx - tokens, tokens, (0,))
-        for segment in segments:
-            graph = self._build(segment, BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows))
-            self._lib.ggml_free(graph.context)
+    def reserve(self, segments: Sequence[Segment]) -> tuple[int, int]:
+        """Builds the largest graphs of every segment once, so that no later one needs more.
+
+        Returns:
+            Bytes of workspace that passes of a few tokens need, and what prompts need in addition.
+        """
+        for workspace, most in ((self._few, FEW_TOKENS), (self._prompt, MICRO_BATCH_TOKENS)):
+            tokens = min(most, self._ctx)
+            batch = MicroBatch(self._ctx - tokens, tokens, (0,))
+            for segment in segments:
+                inputs = BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows)
+                self._lib.ggml_free(self._build(segment, inputs, workspace).context)
         widest = max(tensor.shape[1] for tensor in self._model.matrices.values())
-        # activations converted to the kernel's type, at most 16 bits each, and flash attention's tiles
+        # activations converted to the kernel's type, at most 16 bits each, and flash attention's tiles; ggml keeps them
         conversion = tokens * widest * 2 + (4 << 20)
-        return int(self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0)) + conversion
+        return self._few.nbytes + conversion, self._prompt.nbytes
+
+    def release_prompt(self) -> None:
+        """Frees what only passes of many tokens need."""
+        self._prompt.release()
+        self._inputs = []
+        self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
 
     # ---- running
 
@@ -146,7 +146,7 @@ class GgmlBackend:
     def run(self, segment: Segment, batch: int) -> float:
         """See `Backend.run`."""
         inputs = self._inputs[batch]
-        graph = self._graph_for(segment, inputs)
+        graph = self._graph_for(segment, inputs, self._prompt if inputs.batch.num_tokens > FEW_TOKENS else self._few)
         if graph is None:
             return 0.0
         self._point(graph, inputs, batch)
@@ -185,8 +185,8 @@ class GgmlBackend:
         """See `Backend.close`."""
         if not self._backend:
             return
-        self._drop_graphs()
-        self._lib.ggml_gallocr_free(self._allocator)
+        self._few.release()
+        self._prompt.release()
         self._lib.ggml_free(self._tensors)
         self._lib.ggml_backend_buffer_free(self._anchor)
         self._lib.ggml_backend_free(self._backend)
@@ -225,20 +225,17 @@ class GgmlBackend:
 
     # ---- graphs
 
-    def _graph_for(self, segment: Segment, inputs: BatchInputs) -> _Graph | None:
+    def _graph_for(self, segment: Segment, inputs: BatchInputs, workspace: Workspace) -> Graph | None:
         if not inputs.batch.outputs and segment.first >= self._model.first_output_stage:
             return None  # nothing of this batch is wanted past the last attention
         key = (segment.first, segment.last, inputs.batch.num_tokens, inputs.kv_length, len(inputs.batch.outputs))
-        graph = self._graphs.get(key)
+        graph = workspace.get(key)
         if graph is None:
-            graph = self._graphs[key] = self._build(segment, inputs)
-            if len(self._graphs) > self._max_graphs:
-                self._lib.ggml_free(self._graphs.popitem(last=False)[1].context)
-        else:
-            self._graphs.move_to_end(key)
+            graph = self._build(segment, inputs, workspace)
+            workspace.add(key, graph)
         return graph
 
-    def _build(self, segment: Segment, inputs: BatchInputs) -> _Graph:
+    def _build(self, segment: Segment, inputs: BatchInputs, workspace: Workspace) -> Graph:
         lib, model = self._lib, self._model
         stages = model.stages[segment.first : segment.last]
         if not inputs.batch.outputs:
@@ -265,8 +262,8 @@ class GgmlBackend:
                 x = result
         is_last = segment.last >= len(model.stages)
         hidden_out = None if x.tensor == hidden_in or is_last else self._result(graph, x)
-        self._allocate(graph)
-        return _Graph(context, graph, cells, masks, hidden_in_cell, hidden_out, parts)
+        workspace.allocate(graph)
+        return Graph(context, graph, cells, masks, hidden_in_cell, hidden_out, parts)
 
     def _empty_graph(self, capacity: int) -> tuple[int, int]:
         """A context for `capacity` tensors, and a graph in it."""
@@ -293,19 +290,7 @@ class GgmlBackend:
         self._lib.ggml_build_forward_expand(graph, node.tensor)
         return cell
 
-    def _allocate(self, graph: int) -> None:
-        """Gives the graph's inner nodes their places in the one workspace that all graphs share."""
-        before = self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0)
-        if not self._lib.ggml_gallocr_alloc_graph(self._allocator, graph):
-            raise BackendError("ggml: no memory for the workspace of a graph; lower --ctx or raise --ram")
-        if self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0) != before:
-            self._drop_graphs()  # the workspace moved, and cached graphs still point into the old one
-
-    def _drop_graphs(self) -> None:
-        while self._graphs:
-            self._lib.ggml_free(self._graphs.popitem()[1].context)
-
-    def _point(self, graph: _Graph, inputs: BatchInputs, batch: int) -> None:
+    def _point(self, graph: Graph, inputs: BatchInputs, batch: int) -> None:
         parity, offset = self._parity[batch], self._offsets[batch]
         for name, cell in graph.inputs.items():
             cell.value = inputs.addresses[name]

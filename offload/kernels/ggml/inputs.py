@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from offload.config import KV_BUCKET
 from offload.kernels.batch import MicroBatch
-
-KV_BUCKET: Final = 256
-"""KV lengths are rounded up to this, as llama.cpp does: graphs stay cached for 256 tokens, and masked keys add nothing."""
 
 
 def bucket(kv_length: int, ctx: int) -> int:
