@@ -7,9 +7,7 @@ GGUF's names and no architecture.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Final
 
-from offload.config import HEAD_PART_BYTES
 from offload.elements import INTEGER_OR_DOUBLE
 from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation, Attention, Rope
@@ -17,9 +15,7 @@ from offload.models.base import Model, ModelConfig, Stage, Vector
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.hyperparameters import Shape
 from offload.models.layers import AttentionStage, FeedForwardStage, HeadPart, Norm, Projection
-from offload.units import align_down, align_up
-
-_HEAD_ROWS: Final = 64  # head parts are whole groups of rows, so that no kernel's tile straddles two parts
+from offload.models.parts import head_parts, movable_parts
 
 
 class Assembly:
@@ -158,6 +154,7 @@ class Assembly:
             config=config,
             stages=tuple(self._stages),
             matrices=self._matrices,
+            parts={name: movable_parts(matrix) for name, matrix in self._matrices.items()},
             vectors=self._vectors,
             embedding=embedding,
             head_parts=len(parts),
@@ -223,15 +220,3 @@ class Assembly:
     def _error(self, name: str, problem: str) -> CheckpointError:
         path = str(self.checkpoint.path)
         return CheckpointError(f"{path}: tensor {name} {problem}", path=path, tensor=name)
-
-
-def head_parts(head: TensorInfo, part_bytes: int = HEAD_PART_BYTES) -> dict[str, TensorInfo]:
-    """The output matrix as nearly equal ranges of rows of at most `part_bytes` each, by name."""
-    num_rows = head.shape[0]
-    most = max(_HEAD_ROWS, align_down(part_bytes // head.row_nbytes, _HEAD_ROWS))
-    num_parts = -(-num_rows // most)
-    if num_parts == 1:
-        return {"output.weight": head}
-    rows = align_up(-(-num_rows // num_parts), _HEAD_ROWS)
-    starts = range(0, num_rows, rows)
-    return {f"output.weight[{i}]": head.rows(start, min(start + rows, num_rows)) for i, start in enumerate(starts)}

@@ -77,6 +77,7 @@ class Model:
 
     Attributes:
         stages: attention and feed-forward of every layer in order, then the head in one or more parts by rows.
+        parts: every matrix as the ranges of rows that move at once, at least one; see `models.parts`.
         embedding: the token table, read row by row and dequantized outside of the graph.
         head_parts: number of trailing stages that form the head; their outputs, concatenated, are the logits.
     """
@@ -84,6 +85,7 @@ class Model:
     config: ModelConfig
     stages: tuple[Stage, ...]
     matrices: Mapping[str, TensorInfo]
+    parts: Mapping[str, tuple[TensorInfo, ...]]
     vectors: Mapping[str, Vector]
     embedding: TensorInfo
     head_parts: int

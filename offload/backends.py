@@ -14,13 +14,12 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.config import KV_BUCKET, LoadConfig
 from offload.demand import model_blocks
 from offload.device_stream import DeviceStream
-from offload.kernels.batch import Backend, Floats, Segment
+from offload.kernels.batch import Backend, Floats
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.plan import Plan
 from offload.residency import Residency
-from offload.scheduler import make_steps
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
 from offload.tiers.heap import can_trim_heap
@@ -45,8 +44,6 @@ class Place(Protocol):
         ...
 
     def place_vector(self, name: str, values: Floats) -> None: ...
-
-    def reserve(self, segments: list[Segment]) -> None: ...
 
     @property
     def backend(self) -> Backend: ...
@@ -85,11 +82,12 @@ class HostPlace:
 
     def footprint(self) -> Footprint:
         model, ctx = self._opened.model, self._opened.ctx
-        every = frozenset(block.key for block in model_blocks(model))
-        workspace, prompt = self.backend.reserve([step.segment for step in make_steps(model, every)])
+        self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
+        workspace, prompt = self.backend.reserve()
         kv = self.backend.kv_nbytes(model, ctx, self._config.kv_type)
         whole_pages = self.backend.kv_bucket_nbytes(model, self._config.kv_type) % PAGE == 0
         return Footprint(
+            in_parts=True,
             kv_bytes=kv,
             workspace_bytes=workspace,
             prompt_bytes=prompt,
@@ -102,7 +100,7 @@ class HostPlace:
         cache = self._host.slab(plan.kv_bytes, huge_pages=not lends, prefault=not lends)
         self.backend.place_cache(cache.address)
         self._cache = cache if lends else None
-        blocks = model_blocks(self._opened.model)
+        blocks = model_blocks(self._opened.model, in_parts=True)
         streamed = [block for block in blocks if block.key in plan.streamed]
         residency = Residency(self.backend.place, self._host.stream(streamed, plan.ring_bytes, reader), telemetry)
         pinned = [block for block in blocks if block.key not in plan.streamed]
@@ -131,9 +129,6 @@ class HostPlace:
     def place_vector(self, name: str, values: Floats) -> None:
         self.backend.place_vector(name, values)
 
-    def reserve(self, segments: list[Segment]) -> None:
-        self.backend.reserve(segments)
-
 
 class DevicePlace:
     """torch on a device: pinned matrices in its arena, the others through a ring there, from RAM or from disk."""
@@ -160,7 +155,7 @@ class DevicePlace:
         )
         assert self._opened.device is not None
         budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
-        return Footprint(kv_bytes=0, workspace_bytes=0, device_fixed=fixed, device_budget_bytes=budget)
+        return Footprint(in_parts=False, kv_bytes=0, workspace_bytes=0, device_fixed=fixed, device_budget_bytes=budget)
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         from offload.kernels.torch.backend import TorchBackend
@@ -177,7 +172,7 @@ class DevicePlace:
         for name, values in self._vectors.items():
             self._backend.place_vector(name, values)
         tiers = {placement.key: placement.tier for placement in plan.placements}
-        blocks = model_blocks(opened.model)
+        blocks = model_blocks(opened.model, in_parts=False)
         self._fill_arena([block for block in blocks if tiers[block.key] == "vram"], reader)
         pinned = self._pin([block for block in blocks if tiers[block.key] == "ram"], plan, reader)
         from_disk = [block for block in blocks if tiers[block.key] == "nvme"]
@@ -198,9 +193,6 @@ class DevicePlace:
     def place_vector(self, name: str, values: Floats) -> None:
         self._vectors[name] = values
 
-    def reserve(self, segments: list[Segment]) -> None:
-        """Nothing: torch allocates as it goes, within the workspace that the plan left it."""
-
     def _fill_arena(self, blocks: list[BlockSpec], reader: NvmeReader) -> None:
         """Reads blocks into the device's arena through a staging slab of one block."""
         if not blocks:
@@ -214,7 +206,7 @@ class DevicePlace:
                 reader.read_extent(block.extent, staging.view(0, block.footprint)).wait()
                 offset = self._tier.allocate(block.nbytes)
                 self._tier.copy_in(staging.view(block.extent.lead, block.nbytes), offset).wait()
-                self._backend.place(block.key.name, offset)
+                self._backend.place(block.key, offset)
         finally:
             staging.close()
 
@@ -222,7 +214,7 @@ class DevicePlace:
         if not blocks:
             return {}
         slab = self._host.slab(plan.pinned_bytes)
-        table = Residency(lambda _name, _address: None, None, Telemetry())
+        table = Residency(lambda _key, _address: None, None, Telemetry())
         table.pin(blocks, slab, reader)
         return {block.key: slab.view(table.pinned[block.key] - slab.address, block.nbytes) for block in blocks}
 

@@ -8,7 +8,7 @@ from numbers import Integral, Real
 from typing import Final, Literal
 
 from offload.errors import UsageError
-from offload.units import MIB, parse_size
+from offload.units import KIB, MIB, parse_size
 
 KVType = Literal["f16", "f32"]
 MINIMUM: Final = "minimum"
@@ -26,9 +26,13 @@ KV_BUCKET: Final = 256
 """KV lengths are rounded up to this, as llama.cpp does: graphs stay cached for 256 tokens, and masked keys add nothing. The
 cache's memory comes into use in the same steps."""
 
-READ_BYTES: Final = 8 * MIB  # one disk request; 2 to 8 MiB measured alike, larger ones delay cancellation
-READ_WORKERS: Final = 4  # threads with a request in flight; one to four measured alike on dense models
-HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix moves in parts of at most this size, lest it set the ring's
+PART_BYTES: Final = 8 * MIB  # a matrix moves in parts of at most this size, lest it set the ring's
+READ_BYTES: Final = PART_BYTES + 64 * KIB
+"""One disk request: a part with the rest of its pages. 2 to 8 MiB measured alike, larger ones delay cancellation."""
+READ_WORKERS: Final = 2
+"""Threads with a request in flight. More share the bandwidth, so that all their blocks arrive late and at once: on a small
+ring the disk then idles a tenth of the time, with two not at all. One leaves a gap between requests: 5% less bandwidth."""
+HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix is computed in parts of at most this size
 
 
 def _check_number(name: str, value: object, low: float, high: float, *, whole: bool) -> None:

@@ -35,13 +35,13 @@ class Rates:
     attention_s: float = 0.0
 
 
-def model_blocks(model: Model) -> tuple[BlockSpec, ...]:
-    """Every matrix as a block, in order of first use."""
+def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
+    """Every matrix as a block, or every part of one, in order of first use."""
     return tuple(
-        BlockSpec(key=BlockKey("weight", stage.layer, name), nbytes=info.nbytes, extent=info.extent)
+        BlockSpec(key=BlockKey("weight", stage.layer, name, number), nbytes=part.nbytes, extent=part.extent)
         for stage in model.stages
         for name in stage.matrices
-        for info in (model.matrices[name],)
+        for number, part in enumerate(model.parts[name] if in_parts else (model.matrices[name],))
     )
 
 
@@ -57,12 +57,12 @@ def micro_batches_per_pass(
 ) -> int:
     """Micro-batches that share one reading of the weights: as many as take longer to compute than the reading does.
 
-    Memory for more would be taken from the weights that stay. At most what 2% of the budget holds, at least one.
+    Memory for more would be taken from the weights that stay, or borrow. At most what 5% of the budget holds, at least one.
     """
     if budget_bytes is None:
         return 1
     wanted = ceil(reading_s / computing_s)
-    return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // 50 // micro_batch_bytes))
+    return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // 20 // micro_batch_bytes))
 
 
 def micro_batch_nbytes(model: Model, ctx: int, tokens: int = MICRO_BATCH_TOKENS) -> int:
@@ -78,24 +78,22 @@ def logits_rows(model: Model) -> int:
 
 
 def make_demand(
-    model: Model, *, ctx: int, kv_bytes: int, workspace_bytes: int, prompt_bytes: int, lends: bool, base_bytes: int,
-    rates: Rates, budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
+    model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int, lends: bool,
+    base_bytes: int, rates: Rates, budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
     Args:
-        workspace_bytes: what the backend's graphs need for a few tokens. prompt_bytes: that prompts need in addition.
+        in_parts: whether matrices move in parts by rows, each used by itself, or whole and with all others of their stage.
+        workspace_bytes: what the backend's graphs need for a few tokens. prompt_bytes: that each micro-batch of a prompt
+            needs in addition.
         lends: whether memory that is idle can hold weights.
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
     """
-    blocks = model_blocks(model)
-    index = {block.key: number for number, block in enumerate(blocks)}
-    stages = tuple(
-        tuple(index[BlockKey("weight", stage.layer, name)] for name in stage.matrices) for stage in model.stages
-    )
-    per_batch = micro_batch_nbytes(model, ctx)
+    blocks = model_blocks(model, in_parts=in_parts)
+    per_batch = micro_batch_nbytes(model, ctx) + prompt_bytes
     rows = min(MICRO_BATCH_TOKENS, ctx)
     compute_s = compute_seconds(model, rates)
     missing = max(0, sum(block.footprint for block in blocks) + kv_bytes + base_bytes - (budget_bytes or 0))
@@ -104,7 +102,7 @@ def make_demand(
     )
     few = min(FEW_TOKENS, ctx)
     workspace_bytes += micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
-    prompt_bytes += per_pass * per_batch + _table_scratch(model.embedding, rows)
+    prompt_bytes = per_pass * per_batch + _table_scratch(model.embedding, rows)
     prompt_bytes -= micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
     bucket_bytes = kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET)
     fixed = {
@@ -117,7 +115,7 @@ def make_demand(
     table = model.embedding
     return Demand(
         blocks=blocks,
-        stages=stages,
+        groups=tuple((i,) for i in range(len(blocks))) if in_parts else _stage_groups(model),
         embedding=None if is_tied(model) else BlockSpec(
             key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
         fixed=fixed,
@@ -132,6 +130,14 @@ def make_demand(
         kv_bucket_bytes=bucket_bytes if lends else 0,
         prompt_bytes=prompt_bytes if lends else 0,
     )  # fmt: skip
+
+
+def _stage_groups(model: Model) -> tuple[tuple[int, ...], ...]:
+    first, groups = 0, []
+    for stage in model.stages:
+        groups.append(tuple(range(first, first + len(stage.matrices))))
+        first += len(stage.matrices)
+    return tuple(groups)
 
 
 def compute_seconds(model: Model, rates: Rates) -> float:

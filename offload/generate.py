@@ -72,7 +72,7 @@ class Decoder:
             raise UsageError("the prompt is empty: give at least one token")
         cached = self._kv.reuse(prompt)
         per_pass = self._runner.plan.prefill_tokens_per_pass
-        self._runner.make_room(len(prompt), len(prompt) - cached, cancel)
+        self._runner.make_room(len(prompt), len(prompt) - cached)
         if on_prefill is not None:
             on_prefill(0, len(prompt) - cached)
         for start in range(cached, len(prompt), per_pass):
@@ -89,7 +89,7 @@ class Decoder:
 
     def step(self, token: int, cancel: CancelToken) -> Floats:
         """Logits [vocab_size] after one more token."""
-        self._runner.make_room(len(self._kv) + 1, 1, cancel)
+        self._runner.lend(len(self._kv) + 1, cancel)
         self._forward([token], [MicroBatch(len(self._kv), 1, (0,))], cancel)
         row: Floats = self._runner.backend.logits(0)[0]
         return row
@@ -102,7 +102,7 @@ class Decoder:
         self._kv.clear()
         result = np.empty((len(tokens), model.config.vocab_size), dtype=np.float32)
         rows = logits_rows(model)
-        self._runner.make_room(len(tokens), len(tokens), cancel)
+        self._runner.make_room(len(tokens), len(tokens))
         for start in range(0, len(tokens), rows):
             stop = min(start + rows, len(tokens))
             batch = MicroBatch(start, stop - start, tuple(range(stop - start)))

@@ -68,6 +68,13 @@ class IdleMemory(NamedTuple):
     release_prompt: Callable[[], None]
 
 
+class _Use(NamedTuple):
+    """What cannot be lent: so many buckets of the cache, and a prompt's workspace."""
+
+    buckets: int
+    prompt: bool
+
+
 class Lending:
     """See the module.
 
@@ -88,36 +95,45 @@ class Lending:
         self._reader = reader
         self._moved = moved
         self._count = 0
-        self._state: tuple[int, bool] | None = None
+        self._use: _Use | None = None
+        self._is_settled = False
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that are on loan now."""
         return self._end(self._count)
 
-    def make_room(self, positions: int, pass_tokens: int, cancel: CancelToken | None = None) -> None:
-        """Before passes of up to `pass_tokens` tokens that fill the cache up to `positions`.
+    def make_room(self, positions: int, pass_tokens: int) -> None:
+        """Takes back what passes of up to `pass_tokens` tokens need that fill the cache up to `positions`. Lends nothing.
 
-        A prompt takes memory back; the first pass of a few tokens after it lends what is idle then.
+        Raises:
+            AllocationError: the system has no memory.
+        """
+        use = _Use(self._cache.buckets(positions), pass_tokens > FEW_TOKENS)
+        if use == self._use:
+            return
+        self._use, self._is_settled = None, False
+        allowed = self._plan.on_loan(positions, prompt=use.prompt)
+        if allowed < self._count:
+            self._take_back(allowed)
+        self._cache.resize(positions)
+        self._use = use
+
+    def lend(self, positions: int, cancel: CancelToken | None = None) -> None:
+        """Before passes of a few tokens that fill the cache up to `positions`: lends all that is idle.
 
         Raises:
             StorageError: a block could not be read. Cancelled: it was not waited for. AllocationError: no memory.
         """
-        prompt = pass_tokens > FEW_TOKENS
-        state = (self._cache.buckets(positions), prompt)
-        if state == self._state:
+        self.make_room(positions, 1)
+        if self._is_settled:
             return
-        self._state = None
-        allowed = self._plan.on_loan(positions, prompt=prompt)
-        if allowed < self._count:
-            self._take_back(allowed)
-        self._cache.resize(positions)
-        if not prompt:
-            self._release_prompt()
-            trim_heap()
-            if allowed > self._count:
-                self._lend(allowed, cancel)
-        self._state = state
+        self._release_prompt()
+        trim_heap()
+        allowed = self._plan.on_loan(positions)
+        if allowed > self._count:
+            self._pin(allowed, cancel)
+        self._is_settled = True
 
     def _take_back(self, count: int) -> None:
         self._residency.unpin(self._plan.borrowers[count : self._count])
@@ -125,7 +141,7 @@ class Lending:
         self._count = count
         self._discard()
 
-    def _lend(self, count: int, cancel: CancelToken | None) -> None:
+    def _pin(self, count: int, cancel: CancelToken | None) -> None:
         blocks, start = self._plan.borrowers[self._count : count], self._end(self._count)
         self._stream_all_but(count)
         try:

@@ -52,8 +52,7 @@ class Runner:
         self._stack.callback(self.reader.close)
         self._open_table(storage)
         self.backend: Backend = place.backend
-        self.scheduler = Scheduler(self.opened.model, place.backend, residency, self.plan.streamed, self.telemetry)
-        place.reserve(self.scheduler.segments)
+        self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry)
         self._lending = self._lend(place.idle, residency)
 
     @property
@@ -61,14 +60,15 @@ class Runner:
         """Bytes of streamed weights that idle memory holds now."""
         return 0 if self._lending is None else self._lending.nbytes
 
-    def make_room(self, positions: int, pass_tokens: int, cancel: CancelToken | None = None) -> None:
-        """Before passes of up to `pass_tokens` tokens that fill the cache up to `positions`; see `Lending`.
-
-        Raises:
-            StorageError, Cancelled, AllocationError: see `Lending.make_room`.
-        """
+    def make_room(self, positions: int, pass_tokens: int) -> None:
+        """See `Lending.make_room`."""
         if self._lending is not None:
-            self._lending.make_room(positions, pass_tokens, cancel)
+            self._lending.make_room(positions, pass_tokens)
+
+    def lend(self, positions: int, cancel: CancelToken | None = None) -> None:
+        """See `Lending.lend`."""
+        if self._lending is not None:
+            self._lending.lend(positions, cancel)
 
     def close(self) -> None:
         """Frees memory, threads and files, in the reverse order of their making. Idempotent."""

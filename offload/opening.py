@@ -107,10 +107,12 @@ class Footprint:
     """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device).
 
     Attributes:
-        workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition.
+        in_parts: whether matrices move in parts by rows.
+        workspace_bytes: for passes of a few tokens. prompt_bytes: that each micro-batch of a longer one needs in addition.
         lends: whether what the cache and prompts do not use can be given back to the system, and so be lent to weights.
     """
 
+    in_parts: bool
     kv_bytes: int
     workspace_bytes: int
     prompt_bytes: int = 0
@@ -137,9 +139,9 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
 
     def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
-            opened.model, ctx=opened.ctx, kv_bytes=footprint.kv_bytes, workspace_bytes=footprint.workspace_bytes,
-            prompt_bytes=footprint.prompt_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
-            budget_bytes=budget, device_fixed=footprint.device_fixed,
+            opened.model, ctx=opened.ctx, in_parts=footprint.in_parts, kv_bytes=footprint.kv_bytes,
+            workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes, lends=footprint.lends,
+            base_bytes=base_bytes, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time

@@ -25,7 +25,7 @@ OVERLAP_COST: Final = 0.15
 """What computing and reading take from each other while both run: memory bandwidth, and a core now and then. Measured on two
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
-RING_SLACKS: Final = (1.0, 0.5, 0.25, 0.0)
+RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Demand:
 
     Attributes:
         blocks: every matrix, in order of first use in a pass.
-        stages: per stage, indices into `blocks`.
+        groups: indices into `blocks` of those that have to be in memory together, in order of use.
         embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
         compute_s: kernel time of one decoded token at the start of the context.
@@ -47,7 +47,7 @@ class Demand:
     """
 
     blocks: tuple[BlockSpec, ...]
-    stages: tuple[tuple[int, ...], ...]
+    groups: tuple[tuple[int, ...], ...]
     embedding: BlockSpec | None
     fixed: Mapping[str, int]
     compute_s: float
@@ -258,7 +258,7 @@ def _device(demand: Demand, budget: int) -> _Share:
 
 
 def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """The roomiest ring that streams at most 5% more than the least, counted where most is on loan: an empty context.
+    """The roomiest ring that streams at most 5% more than the least, in the mean of an empty and a full context.
 
     A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
     """
@@ -272,7 +272,8 @@ def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | N
     if not shares:
         return None
     idle = demand.idle(0, prompt=False)
-    moved = [max(0, _nbytes(demand, share.streamed) - idle) for share in shares]
+    full = [_nbytes(demand, share.streamed) for share in shares]
+    moved = [nbytes + max(0, nbytes - idle) for nbytes in full]
     return next(share for share, nbytes in zip(shares, moved, strict=True) if nbytes <= 1.05 * min(moved))
 
 
@@ -298,7 +299,8 @@ def _choose(
 
 
 def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
-    needs = [[demand.blocks[i].footprint for i in stage if i in streamed] for stage in demand.stages]
+    members = frozenset(streamed)
+    needs = [[demand.blocks[i].footprint for i in group if i in members] for group in demand.groups]
     return ring_capacity(needs, slack)
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from typing import Protocol
+from dataclasses import replace
+from typing import NamedTuple, Protocol
 
-from offload.blocks import BlockKey, BlockSpec
+from offload.blocks import BlockKey, BlockSpec, Extent
 from offload.stream import Arrival
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Handle, Reader
 from offload.tiers.ram import Slab
 
-Place = Callable[[str, int], None]
+Place = Callable[[BlockKey, int], None]
 
 
 class Stream(Protocol):
@@ -27,6 +28,37 @@ class Stream(Protocol):
     def restart(self) -> None: ...
 
     def replace(self, keys: AbstractSet[BlockKey]) -> None: ...
+
+
+class _Run(NamedTuple):
+    """Blocks that follow each other in a file, read at once and kept as they lie there."""
+
+    extent: Extent
+    blocks: list[BlockSpec]
+
+    @property
+    def footprint(self) -> int:
+        return sum(block.footprint for block in self.blocks)
+
+
+def _runs(blocks: Sequence[BlockSpec]) -> list[_Run]:
+    """The parts of a matrix become one run again, so that it can be computed at once."""
+    runs: list[_Run] = []
+    for block in blocks:
+        assert block.extent is not None
+        last = runs[-1] if runs else None
+        if last is not None and _continues(last, block):
+            extent = replace(last.extent, nbytes=last.extent.nbytes + block.extent.nbytes)
+            runs[-1] = _Run(extent, [*last.blocks, block])
+        else:
+            runs.append(_Run(block.extent, [block]))
+    return runs
+
+
+def _continues(run: _Run, block: BlockSpec) -> bool:
+    assert block.extent is not None
+    same = run.blocks[-1].key._replace(part=0) == block.key._replace(part=0)
+    return same and run.extent.path == block.extent.path and run.extent.end == block.extent.offset
 
 
 class Residency:
@@ -52,18 +84,20 @@ class Residency:
         Raises:
             StorageError: a block could not be read. Cancelled: `cancel` was set; reads may still be in flight.
         """
-        flights: list[tuple[BlockSpec, Handle]] = []
+        flights: list[tuple[_Run, Handle]] = []
         total = sum(block.footprint for block in blocks)
-        for block in blocks:
-            assert block.extent is not None
-            flights.append((block, reader.read_extent(block.extent, slab.view(offset, block.footprint))))
-            self._pinned[block.key] = slab.address + offset + block.extent.lead
-            offset += block.footprint
+        for run in _runs(blocks):
+            flights.append((run, reader.read_extent(run.extent, slab.view(offset, run.extent.window_nbytes))))
+            for block in run.blocks:
+                assert block.extent is not None
+                self._pinned[block.key] = slab.address + offset + block.extent.offset - run.extent.window_offset
+            offset += run.footprint
         done = 0
-        for block, handle in flights:
+        for run, handle in flights:
             handle.wait(cancel)
-            done += block.footprint
-            self._place(block.key.name, self._pinned[block.key])
+            done += run.footprint
+            for block in run.blocks:
+                self._place(block.key, self._pinned[block.key])
             if progress is not None:
                 progress(done, total)
 
@@ -94,7 +128,7 @@ class Residency:
             assert self._stream is not None
             arrival = self._stream.acquire(key, cancel)
             telemetry.hits += arrival.was_ready
-            self._place(key.name, arrival.address)
+            self._place(key, arrival.address)
 
     def release(self, streamed: Sequence[BlockKey]) -> None:
         """The segment has run; its streamed blocks may be overwritten."""

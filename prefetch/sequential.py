@@ -32,18 +32,20 @@ def streaming_order(blocks: Sequence[BlockSpec], limit: int | None = None) -> li
         limit: leaves out roles with a block whose footprint is larger. Small blocks need a small ring, which matters
             where nearly everything is pinned; large ones are fewer steps.
 
-    Blocks of one role (same name in every layer) are taken together, the role with the most bytes first, and within a role
-    in the golden-ratio order of their layers: every prefix of that sequence is spread almost evenly (Weyl's low-discrepancy
-    sequence), so a partly streamed role loads the disk evenly over the pass.
+    Matrices of one role (same name in every layer) are taken together, the role with the most bytes first, and within a
+    role in the golden-ratio order of their layers: every prefix of that sequence is spread almost evenly (Weyl's
+    low-discrepancy sequence), so a partly streamed role loads the disk evenly over the pass. The parts of a matrix follow
+    each other from the last to the first: what stays of one is its head, and what borrows is ascending.
     """
-    roles: dict[str, list[int]] = defaultdict(list)
+    roles: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, block in enumerate(blocks):
-        roles[_role(block)].append(index)
-    if limit is not None:
-        roles = {role: found for role, found in roles.items() if max(blocks[i].footprint for i in found) <= limit}
+        roles[_role(block)][block.key.name].append(index)
+    members = {role: [blocks[i] for found in named.values() for i in found] for role, named in roles.items()}
     order: list[int] = []
-    for _, members in sorted(roles.items(), key=lambda role: (-sum(blocks[i].nbytes for i in role[1]), role[0])):
-        order += [members[place] for place in spread(len(members))]
+    for role in sorted(roles, key=lambda role: (-sum(block.nbytes for block in members[role]), role)):
+        if limit is None or max(block.footprint for block in members[role]) <= limit:
+            matrices = list(roles[role].values())
+            order += [index for place in spread(len(matrices)) for index in reversed(matrices[place])]
     return order
 
 
@@ -56,19 +58,19 @@ def spread(count: int) -> list[int]:
     return rank
 
 
-def ring_capacity(stage_needs: Sequence[Sequence[int]], slack: float) -> int:
-    """Bytes of a circular buffer, whole pages, through which the streamed blocks of all stages can pass.
+def ring_capacity(group_needs: Sequence[Sequence[int]], slack: float) -> int:
+    """Bytes of a circular buffer, whole pages, through which the streamed blocks of all groups can pass.
 
     Args:
-        stage_needs: per stage, the footprints of its streamed blocks.
-        slack: 0 gives the smallest ring that can never deadlock, 1 lets a whole further stage be read ahead.
+        group_needs: footprints of the streamed blocks that have to be there together.
+        slack: 0 gives the smallest ring that can never deadlock, 1 lets a whole further group be read ahead.
 
-    While a stage waits, only its own blocks are live, and the jump over the buffer's end wastes less than one block:
-    the largest stage plus the largest block always suffices.
+    While a group waits, only its own blocks are live, and the jump over the buffer's end wastes less than one block:
+    the largest group plus the largest block always suffices.
     """
-    largest_stage = max((sum(needs) for needs in stage_needs), default=0)
-    largest_block = max((need for needs in stage_needs for need in needs), default=0)
-    return largest_stage + align_down(int(largest_stage * slack)) + largest_block
+    largest_group = max((sum(needs) for needs in group_needs), default=0)
+    largest_block = max((need for needs in group_needs for need in needs), default=0)
+    return largest_group + align_down(int(largest_group * slack)) + largest_block
 
 
 def _role(block: BlockSpec) -> str:

@@ -19,6 +19,7 @@ from support.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
 import offload
 from offload.engine import Engine
 from offload.errors import BudgetError, ClosedError, ContextError, StorageError, UsageError
+from offload.models.parts import movable_parts
 from offload.plan import Demand, Plan, full_budget, make_plan, minimum_budget
 from offload.trace import write_trace
 
@@ -57,6 +58,21 @@ def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeyp
     for _, tokens, logits in seen[1:]:
         assert tokens == seen[0][1]
         assert np.array_equal(logits, seen[0][2])
+
+
+def test_matrices_in_parts_give_the_bits_of_whole_ones(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streamed in parts of 64 rows, pinned as whole matrices, and a mixture: prompts and single tokens."""
+    monkeypatch.setattr("offload.models.assembly.movable_parts", lambda matrix: movable_parts(matrix, 1))
+    seen = []
+    for share in (0, 0.5, 1):
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
+        with offload.load(demo, ctx=128) as engine:
+            model = engine._runner.opened.model
+            assert len(model.parts["blk.0.ffn_up.weight"]) == 1536 // 64
+            seen.append((engine.generate(TOKENS, max_tokens=4, temperature=0).tokens, engine.logits(TOKENS)))
+    for tokens, logits in seen[1:]:
+        assert tokens == seen[0][0]
+        assert np.array_equal(logits, seen[0][1])
 
 
 def test_logits_agree_with_transformers(tiny: Path) -> None:

@@ -158,13 +158,16 @@ def border() -> Iterator[Border]:
 def test_every_block_is_either_pinned_or_streamed_whatever_was_asked_before(asked: list[tuple[int, int]]) -> None:
     with make_border() as (plan, recorder, lending):
         for positions, pass_tokens in asked:
-            lending.make_room(positions, pass_tokens)
+            if pass_tokens > 1:
+                lending.make_room(positions, pass_tokens)
+            else:
+                lending.lend(positions)
             assert recorder.pinned | recorder.streamed == plan.streamed
             assert not recorder.pinned & recorder.streamed
             assert recorder.moved == [] or recorder.moved[-1] == recorder.streamed
             prompt = pass_tokens > FEW_TOKENS
             assert align_up(lending.nbytes, LOAN_GRAIN) <= plan.demand.idle(positions, prompt=prompt)
-            if not prompt:
+            if pass_tokens == 1:
                 assert len(recorder.pinned) == plan.on_loan(positions)
 
 
@@ -172,11 +175,11 @@ def test_a_loan_that_was_cancelled_is_undone_and_made_the_next_time(border: Bord
     plan, recorder, lending = border
     recorder.fails = True
     with pytest.raises(Cancelled):
-        lending.make_room(1, 1)
+        lending.lend(1)
     assert (recorder.pinned, recorder.streamed, lending.nbytes) == (set(), plan.streamed, 0)
     assert recorder.ended == ["cancel_pending", "drain"]
     recorder.fails = False
-    lending.make_room(1, 1)
+    lending.lend(1)
     assert len(recorder.pinned) == plan.on_loan(1) > 0
 
 
@@ -184,9 +187,9 @@ def test_a_loan_that_was_cancelled_is_undone_and_made_the_next_time(border: Bord
 def test_lent_memory_leaves_the_process_when_it_is_taken_back(border: Border) -> None:
     _, _, lending = border
     start = resident()
-    lending.make_room(1, 1)
+    lending.lend(1)
     assert resident() - start > lending.nbytes - LOAN_GRAIN > 100 * MIB
-    lending.make_room(2048, 1)
+    lending.lend(2048)
     assert resident() - start < 40 * MIB
 
 
@@ -230,7 +233,7 @@ def test_a_session_with_loans_says_what_one_without_them_says(streaming: Engine,
 
 def test_a_cancelled_loan_leaves_a_working_engine(streaming: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = streaming.generate([1] * 60, max_tokens=4, temperature=0).tokens
-    streaming._runner.make_room(streaming.ctx, 1)  # the whole cache is in use: everything that can be taken back is
+    streaming._runner.lend(streaming.ctx)  # the whole cache is in use: everything that can be taken back is
     lending = streaming._runner._lending
     original = lending._residency.pin
 

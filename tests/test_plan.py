@@ -20,11 +20,11 @@ def demand(layers: int = 8, *, embedding: int = 0, disk_bps: float = 1e9) -> Dem
         for layer in range(layers)
         for name, size in sizes
     )
-    stages = tuple(stage for layer in range(layers) for stage in ((3 * layer,), (3 * layer + 1, 3 * layer + 2)))
+    groups = tuple(group for layer in range(layers) for group in ((3 * layer,), (3 * layer + 1, 3 * layer + 2)))
     table = BlockSpec(key=BlockKey("weight", -1, "token_embd.weight"), nbytes=embedding) if embedding else None
     fixed = {"base": 50 * MIB, "margin": 10 * MIB, "vectors": MIB, "kv": 5 * MIB, "workspace": 7 * MIB}
     return Demand(
-        blocks=blocks, stages=stages, embedding=table, fixed=fixed, compute_s=0.05, disk_bps=disk_bps,
+        blocks=blocks, groups=groups, embedding=table, fixed=fixed, compute_s=0.05, disk_bps=disk_bps,
         ctx=512, prefill_tokens_per_pass=512,
     )  # fmt: skip
 

@@ -108,3 +108,20 @@ def test_a_failed_read_is_raised_where_its_block_is_asked_for() -> None:
     assert stream.acquire(blocks[0].key, None).address
     reader.close()
     slab.close()
+
+
+def test_a_cycle_can_be_narrowed_and_widened_again(reader: NvmeReader) -> None:
+    blocks = blocks_of([8000, 9000, 10000])
+    slab = Slab(64 * 1024, huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
+    stream.acquire(blocks[0].key, None)
+    for keep in ([1], [0, 2], [], [0, 1, 2]):
+        stream.replace({blocks[i].key for i in keep})
+        for i in [*keep, *keep]:
+            address = stream.acquire(blocks[i].key, None).address
+            extent = blocks[i].extent
+            assert extent is not None
+            assert bytes_at(slab, address, blocks[i].nbytes) == CONTENT[extent.offset : extent.end]
+            stream.release(1)
+        stream.fill()
+    slab.close()

@@ -19,7 +19,7 @@ def demand():
     fixed = {"base": GIB // 8, "margin": GIB // 16, "vectors": 4096, "kv": GIB // 8, "workspace": GIB // 16}
     return Demand(
         blocks=blocks,
-        stages=((0,), (1,), (2,), (3,)),
+        groups=((0,), (1,), (2,), (3,)),
         embedding=None,
         fixed=fixed,
         compute_s=0.2,

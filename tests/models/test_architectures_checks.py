@@ -15,9 +15,9 @@ from transformers import AutoConfig
 
 from offload.elements import element_type
 from offload.errors import CheckpointError, OffloadError, UnsupportedError
-from offload.models.assembly import head_parts
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
+from offload.models.parts import head_parts
 from offload.models.registry import FAMILIES, build_model, default_context
 
 
@@ -198,12 +198,12 @@ def test_stages_name_their_matrices_in_order(llama: Checkpoint) -> None:
 
 def test_a_large_head_is_split_into_parts(llama: Checkpoint) -> None:
     head = llama.tensors["lm_head.weight"]  # 320 rows of 256 bytes
-    parts = head_parts(head, part_bytes=130 * head.row_nbytes)
+    parts = head_parts(head, most_bytes=130 * head.row_nbytes)
     assert list(parts) == ["output.weight[0]", "output.weight[1]", "output.weight[2]"]
     assert [part.shape[0] for part in parts.values()] == [128, 128, 64]
     assert [part.extent.offset - head.extent.offset for part in parts.values()] == [0, 128 * 256, 256 * 256]
-    assert list(head_parts(head, part_bytes=head.nbytes)) == ["output.weight"]
-    assert all(part.shape[0] <= 64 for part in head_parts(head, part_bytes=1).values())
+    assert list(head_parts(head, most_bytes=head.nbytes)) == ["output.weight"]
+    assert all(part.shape[0] <= 64 for part in head_parts(head, most_bytes=1).values())
 
 
 def test_parts_of_a_head_give_the_same_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,35 +1,38 @@
-"""The ggml backend: runs segments on the CPU as cached graphs, straight from the memory where the tiers put the weights.
+"""The ggml backend: runs a model on the CPU as cached graphs, straight from the memory where the tiers put the weights.
 
-A matrix is one ggml tensor that all graphs share; when the matrix moves, its data pointer is set and every cached graph
-follows. Graphs are cached by segment, token count, KV bucket and output count. Called from one thread.
-
-Hidden states ping-pong between two buffers per pass: a segment reads one and writes the other, so that no kernel ever
-reads what it overwrites.
+A matrix, and each of its parts, is one ggml tensor that all graphs share; when it moves, its data pointer is set and every
+cached graph follows. A graph spans the whole model and is run in pieces: it is cut before each product that needs a block
+which has to arrive, and everything in between stays in the graph's workspace. Graphs are cached by token count, KV bucket
+and output count. Called from one thread.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
 from typing import Final
 
 import numpy as np
 
+from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32, element_type
 from offload.errors import BackendError, Cancelled
-from offload.kernels.batch import Floats, MicroBatch, Segment
+from offload.kernels.batch import Floats, MicroBatch, Piece
 from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import STATUS_ABORTED, STATUS_SUCCESS, AbortCallback, Library, load_library
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
+from offload.kernels.ggml.pieces import Cutter, Form, Part, cut_passes
 from offload.kernels.ggml.workspace import Graph, Workspace
 from offload.models.base import Model
+from offload.models.checkpoint.base import TensorInfo
 from offload.tiers.base import CancelToken
 from offload.units import align_up
 
-GRAPHS_PER_STAGE: Final = 4  # decode and prefill, for this KV bucket and the one before
+TENSORS_PER_STAGE: Final = 64  # at most, counting views
 ANCHOR_NBYTES: Final = 1 << 46
 I32: Final = 26  # ggml's numbers of the integer types, which no weight has
 I64: Final = 27
@@ -55,19 +58,20 @@ class GgmlBackend:
         self._tensors = self._lib.context(self._tensor_context_nbytes())
         self._weights: dict[str, int] = {}
         self._cells: dict[str, ctypes.c_uint64] = {}
+        self._parts: dict[BlockKey, int] = {}
+        self._part_cells: dict[BlockKey, ctypes.c_uint64] = {}
+        self._forms: dict[str, Form] = {}
         self._windows = tuple(dict.fromkeys(model.config.sliding_windows))
         self._kv: list[KVTensors] = []
         self._kv_cells: list[ctypes.c_uint64] = []
         self._make_matrices()
         self._make_cache()
         self._vectors: dict[str, Floats] = {}
-        self._few = Workspace(self._lib, GRAPHS_PER_STAGE * len(model.stages))
-        self._prompt = Workspace(self._lib, GRAPHS_PER_STAGE * len(model.stages))
+        self._few = Workspace(self._lib)
+        self._prompts = [Workspace(self._lib)]  # one for each micro-batch: a pass leaves several unfinished at a time
         self._cancel: CancelToken | None = None
         self._inputs: list[BatchInputs] = []
-        self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
-        self._hidden_addresses = [0, 0]
-        self._parity: list[int] = []
+        self._hidden = np.empty(0, np.float32)
         self._offsets: list[int] = []
         self._logits = np.empty(0, np.float32)
 
@@ -91,74 +95,82 @@ class GgmlBackend:
         for index, cell in enumerate(self._kv_cells):
             cell.value = address + index * each
 
-    def place(self, name: str, address: int) -> None:
-        """Matrix `name` now lies at `address`."""
-        self._cells[name].value = address
+    def place(self, key: BlockKey, address: int) -> None:
+        """A matrix, or a part of one, now lies at `address`."""
+        self._part_cells[key].value = address
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32; kept alive here."""
         self._vectors[name] = np.ascontiguousarray(values, dtype=np.float32)
         self._cells[name].value = self._vectors[name].ctypes.data
 
-    def reserve(self, segments: Sequence[Segment]) -> tuple[int, int]:
-        """Builds the largest graphs of every segment once, so that no later one needs more.
+    def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
+        """See `Backend.schedule`."""
+        self._forget_graphs()
+        self._forms = {}
+        for name, keys in self._keys.items():
+            form = tuple(Part(key, key in streamed) for key in keys)
+            if any(part.is_streamed for part in form) or not self._is_contiguous(keys):
+                self._forms[name] = form
+            else:
+                self._cells[name].value = self._part_cells[keys[0]].value
+        return cut_passes(self._model, self._keys, streamed)
+
+    def reserve(self) -> tuple[int, int]:
+        """Builds the largest graphs once, so that no later one needs more.
 
         Returns:
-            Bytes of workspace that passes of a few tokens need, and what prompts need in addition.
+            Bytes of workspace that passes of a few tokens need, and what each micro-batch of a prompt needs in addition.
         """
-        for workspace, most in ((self._few, FEW_TOKENS), (self._prompt, MICRO_BATCH_TOKENS)):
+        for workspace, most in ((self._few, FEW_TOKENS), (self._prompts[0], MICRO_BATCH_TOKENS)):
             tokens = min(most, self._ctx)
             batch = MicroBatch(self._ctx - tokens, tokens, (0,))
-            for segment in segments:
-                inputs = BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows)
-                self._lib.ggml_free(self._build(segment, inputs, workspace).context)
+            inputs = BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows)
+            workspace.free(self._build(inputs, workspace))
         widest = max(tensor.shape[1] for tensor in self._model.matrices.values())
         # activations converted to the kernel's type, at most 16 bits each, and flash attention's tiles; ggml keeps them
         conversion = tokens * widest * 2 + (4 << 20)
-        return self._few.nbytes + conversion, self._prompt.nbytes
+        return self._few.nbytes + conversion, self._prompts[0].nbytes
 
     def release_prompt(self) -> None:
         """Frees what only passes of many tokens need."""
-        self._prompt.release()
+        for workspace in self._prompts:
+            workspace.release()
         self._inputs = []
-        self._hidden = (np.empty(0, np.float32), np.empty(0, np.float32))
+        self._hidden = np.empty(0, np.float32)
 
     # ---- running
 
     def begin(self, batches: Sequence[MicroBatch], hidden: Floats) -> None:
         """See `Backend.begin`."""
         size = self._model.config.hidden_size
-        if self._hidden[0].size < hidden.size:
-            self._hidden = (np.empty(hidden.size, np.float32), np.empty(hidden.size, np.float32))
-        self._hidden[0][: hidden.size] = hidden.reshape(-1)
-        self._hidden_addresses = [buffer.ctypes.data for buffer in self._hidden]
+        if self._hidden.size < hidden.size:
+            self._hidden = np.empty(hidden.size, np.float32)
+        self._hidden[: hidden.size] = hidden.reshape(-1)
         self._inputs = [
             BatchInputs(batch, bucket(batch.kv_length, align_up(self._ctx, KV_BUCKET)), self._windows)
             for batch in batches
         ]
         starts = np.cumsum([0, *(batch.num_tokens for batch in batches)])
         self._offsets = [int(start) * size * 4 for start in starts[:-1]]
-        self._parity = [0] * len(batches)
         wanted = max((len(batch.outputs) for batch in batches), default=0) * self._model.config.vocab_size
         if self._logits.size < wanted:
             self._logits = np.empty(wanted, np.float32)
 
-    def run(self, segment: Segment, batch: int) -> float:
+    def run(self, piece: int, batch: int) -> float:
         """See `Backend.run`."""
-        inputs = self._inputs[batch]
-        graph = self._graph_for(segment, inputs, self._prompt if inputs.batch.num_tokens > FEW_TOKENS else self._few)
-        if graph is None:
-            return 0.0
-        self._point(graph, inputs, batch)
+        graph = self._graph_for(batch)
+        if piece == 0:
+            self._point(graph, batch)
+        if piece >= len(graph.pieces):
+            return 0.0  # nothing of this batch is wanted past the last attention
         start = perf_counter()
-        status = self._lib.ggml_backend_graph_compute(self._backend, graph.graph)
+        status = self._lib.ggml_backend_graph_compute(self._backend, graph.pieces[piece])
         kernels_s = perf_counter() - start
         if status == STATUS_ABORTED:
             raise Cancelled("cancelled")
         if status != STATUS_SUCCESS:
-            raise BackendError(f"ggml: stages {segment.first} to {segment.last} failed with status {status}")
-        if graph.hidden_out is not None:
-            self._parity[batch] ^= 1
+            raise BackendError(f"ggml: piece {piece} of a pass failed with status {status}")
         return kernels_s
 
     def logits(self, batch: int) -> Floats:
@@ -185,8 +197,8 @@ class GgmlBackend:
         """See `Backend.close`."""
         if not self._backend:
             return
-        self._few.release()
-        self._prompt.release()
+        for workspace in (self._few, *self._prompts):
+            workspace.release()
         self._lib.ggml_free(self._tensors)
         self._lib.ggml_backend_buffer_free(self._anchor)
         self._lib.ggml_backend_free(self._backend)
@@ -195,16 +207,35 @@ class GgmlBackend:
     # ---- tensors
 
     def _tensor_context_nbytes(self) -> int:
-        count = len(self._model.matrices) + len(self._model.vectors) + 2 * self._model.config.num_layers
+        matrices = sum(1 + len(parts) for parts in self._model.parts.values())
+        count = matrices + len(self._model.vectors) + 2 * self._model.config.num_layers
         return (count + 8) * int(self._lib.ggml_tensor_overhead())
 
     def _make_matrices(self) -> None:
         lib = self._lib
+        layers = {name: stage.layer for stage in self._model.stages for name in stage.matrices}
+        self._keys = {
+            name: tuple(BlockKey("weight", layers[name], name, number) for number in range(len(parts)))
+            for name, parts in self._model.parts.items()
+        }
         for name, info in self._model.matrices.items():
             self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, info.element.ggml_id, info.shape[1], info.shape[0]))
+            for key, part in zip(self._keys[name], self._model.parts[name], strict=True):
+                self._parts[key] = lib.ggml_new_tensor_2d(
+                    self._tensors, info.element.ggml_id, part.shape[1], part.shape[0]
+                )
+                self._part_cells[key] = self._anchored(self._parts[key])
         for name, vector in self._model.vectors.items():
             count = len(vector.values) if vector.tensor is None else prod(vector.tensor.shape)
             self._adopt(name, lib.ggml_new_tensor_1d(self._tensors, F32.ggml_id, count))
+
+    def _is_contiguous(self, keys: Sequence[BlockKey]) -> bool:
+        """Whether the parts of a matrix lie as they do in the file, so that they can be used as one."""
+        ends = [self._part_cells[key].value + self._part(key).nbytes for key in keys[:-1]]
+        return ends == [self._part_cells[key].value for key in keys[1:]]
+
+    def _part(self, key: BlockKey) -> TensorInfo:
+        return self._model.parts[key.name][key.part]
 
     def _adopt(self, name: str, tensor: int) -> None:
         self._weights[name] = tensor
@@ -225,45 +256,55 @@ class GgmlBackend:
 
     # ---- graphs
 
-    def _graph_for(self, segment: Segment, inputs: BatchInputs, workspace: Workspace) -> Graph | None:
-        if not inputs.batch.outputs and segment.first >= self._model.first_output_stage:
-            return None  # nothing of this batch is wanted past the last attention
-        key = (segment.first, segment.last, inputs.batch.num_tokens, inputs.kv_length, len(inputs.batch.outputs))
+    def _graph_for(self, batch: int) -> Graph:
+        inputs = self._inputs[batch]
+        workspace = self._workspace_for(batch)
+        key = (inputs.batch.num_tokens, inputs.kv_length, len(inputs.batch.outputs))
         graph = workspace.get(key)
         if graph is None:
-            graph = self._build(segment, inputs, workspace)
+            graph = self._build(inputs, workspace)
             workspace.add(key, graph)
         return graph
 
-    def _build(self, segment: Segment, inputs: BatchInputs, workspace: Workspace) -> Graph:
+    def _workspace_for(self, batch: int) -> Workspace:
+        if len(self._inputs) == 1 and self._inputs[0].batch.num_tokens <= FEW_TOKENS:
+            return self._few
+        while len(self._prompts) <= batch:
+            self._prompts.append(Workspace(self._lib))
+        return self._prompts[batch]
+
+    def _forget_graphs(self) -> None:
+        for workspace in (self._few, *self._prompts):
+            workspace.forget()
+
+    def _build(self, inputs: BatchInputs, workspace: Workspace) -> Graph:
         lib, model = self._lib, self._model
-        stages = model.stages[segment.first : segment.last]
-        if not inputs.batch.outputs:
-            stages = stages[: max(0, model.first_output_stage - segment.first)]
-        context, graph = self._empty_graph(64 * len(stages) + 64)
+        stages = model.stages if inputs.batch.outputs else model.stages[: model.first_output_stage]
+        context, graph = self._empty_graph(TENSORS_PER_STAGE * (len(stages) + 1) + len(self._parts))
         leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
-        rows = inputs.batch.num_tokens if segment.first < model.first_output_stage else outputs
-        hidden_in = lib.ggml_new_tensor_2d(context, F32.ggml_id, model.config.hidden_size, rows)
+        tokens, hidden_size = inputs.batch.num_tokens, model.config.hidden_size
+        hidden = lib.ggml_new_tensor_2d(context, F32.ggml_id, hidden_size, tokens)
         cells = {name: self._anchored(getattr(leaves, name)) for name in ("positions", "rows", "outputs")}
         masks = {window: self._anchored(tensor) for window, tensor in leaves.masks.items()}
-        hidden_in_cell = self._anchored(hidden_in)
+        hidden_cell = self._anchored(hidden)
+        cutter = Cutter(lib, context, graph, self._forms)
         ops = GgmlOps(
             lib, context, graph,
             weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[0],
-            kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
+            on_linear=cutter.note, kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
         )  # fmt: skip
-        x = Node(hidden_in, (rows, model.config.hidden_size), model.config.hidden_size * 4)
-        parts = []
-        for number, stage in enumerate(stages, segment.first - len(model.stages) + model.head_parts):
+        x = Node(hidden, (tokens, hidden_size), hidden_size * 4)
+        logits = []
+        for stage in stages:
             result = stage.forward(ops, x)
             if stage.layer < 0:
-                parts.append((number, self._result(graph, result)))
+                logits.append(self._result(graph, result))
             else:
                 x = result
-        is_last = segment.last >= len(model.stages)
-        hidden_out = None if x.tensor == hidden_in or is_last else self._result(graph, x)
+        lib.ggml_build_forward_expand(graph, x.tensor)
         workspace.allocate(graph)
-        return Graph(context, graph, cells, masks, hidden_in_cell, hidden_out, parts)
+        contexts, pieces = cutter.cut(self._parts.__getitem__, self._part)
+        return Graph((context, *contexts), pieces, cells, masks, hidden_cell, logits, cutter.followers)
 
     def _empty_graph(self, capacity: int) -> tuple[int, int]:
         """A context for `capacity` tensors, and a graph in it."""
@@ -290,21 +331,19 @@ class GgmlBackend:
         self._lib.ggml_build_forward_expand(graph, node.tensor)
         return cell
 
-    def _point(self, graph: Graph, inputs: BatchInputs, batch: int) -> None:
-        parity, offset = self._parity[batch], self._offsets[batch]
+    def _point(self, graph: Graph, batch: int) -> None:
+        inputs = self._inputs[batch]
         for name, cell in graph.inputs.items():
             cell.value = inputs.addresses[name]
         for window, cell in graph.masks.items():
             cell.value = inputs.mask_addresses[window]
-        graph.hidden_in.value = self._hidden_addresses[parity] + offset
-        if graph.hidden_out is not None:
-            graph.hidden_out.value = self._hidden_addresses[parity ^ 1] + offset
-        outputs = len(inputs.batch.outputs)
-        for number, cell in graph.parts:
-            cell.value = self._logits.ctypes.data + 4 * outputs * self._part_start(number)
+        graph.hidden.value = self._hidden.ctypes.data + self._offsets[batch]
+        outputs, start = len(inputs.batch.outputs), 0
+        for cell, name in zip(graph.logits, self._head_names(), strict=False):
+            cell.value = self._logits.ctypes.data + 4 * outputs * start
+            start += self._model.matrices[name].shape[0]
+        for follower in graph.followers:
+            follower.cell.value = follower.leader.value + follower.offset
 
     def _head_names(self) -> list[str]:
         return [name for stage in self._model.stages[-self._model.head_parts :] for name in stage.matrices]
-
-    def _part_start(self, number: int) -> int:
-        return sum(self._model.matrices[name].shape[0] for name in self._head_names()[:number])

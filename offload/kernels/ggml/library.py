@@ -1,8 +1,8 @@
 """ggml's shared libraries, as llama-cpp-python ships them, through ctypes.
 
-Pointers are opaque integers; the one field of `ggml_tensor` that is ever written, `data`, is found at run time. Nothing here
-knows models or tiers. Call `load_library()`; it checks every symbol that is used, so that an incompatible build fails at
-start with one clear line and not in the middle of a token.
+Pointers are opaque integers; the fields of `ggml_tensor` that are ever written, `data`, `nb` and `flags`, are found at run
+time. Nothing here knows models or tiers. Call `load_library()`; it checks every symbol that is used, so that an incompatible
+build fails at start with one clear line and not in the middle of a token.
 """
 
 from __future__ import annotations
@@ -10,7 +10,19 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Mapping
-from ctypes import POINTER, Structure, c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
+from ctypes import (
+    POINTER,
+    Structure,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int64,
+    c_size_t,
+    c_uint32,
+    c_uint64,
+    c_void_p,
+)  # fmt: skip
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -48,9 +60,12 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_new_graph_custom": (_P, (_P, _Z, c_bool)),
     "ggml_build_forward_expand": (None, (_P, _P)),
     "ggml_graph_n_nodes": (_I, (_P,)),
+    "ggml_graph_node": (_P, (_P, _I)),
+    "ggml_graph_add_node": (None, (_P, _P)),
     "ggml_new_tensor_1d": (_P, (_P, _I, _L)),
     "ggml_new_tensor_2d": (_P, (_P, _I, _L, _L)),
     "ggml_new_tensor_3d": (_P, (_P, _I, _L, _L, _L)),
+    "ggml_set_output": (None, (_P,)),
     "ggml_get_data": (_P, (_P,)),
     "ggml_get_type_traits": (POINTER(_TypeTraits), (_I,)),
     "ggml_type_size": (_Z, (_I,)),
@@ -94,6 +109,7 @@ _CPU: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
 
 STATUS_SUCCESS: Final = 0
 STATUS_ABORTED: Final = 1
+FLOAT_BYTES: Final = 4
 PREC_F32: Final = 10
 ROPE_INTERLEAVED: Final = 0
 ROPE_HALVES: Final = 2
@@ -108,6 +124,8 @@ class Library:
         self._bind(self._open("ggml-base"), _BASE)
         self._bind(self._open("ggml-cpu"), _CPU)
         self.data_offset = self._find_data_offset()
+        self.strides_offset = self._find_strides_offset()
+        self.flags_offset = self._find_flags_offset()
         self.is_set = _strlen()
 
     def __getattr__(self, name: str) -> ctypes._NamedFuncPointer:  # only for names that _bind did not set
@@ -141,12 +159,37 @@ class Library:
         size = 4096
         context = self.ggml_init(_InitParams(size, None, False))
         tensor = self.ggml_new_tensor_1d(context, 0, 1)
-        words = (ctypes.c_uint64 * (self.ggml_tensor_overhead() // 8)).from_address(tensor)
+        words = (c_uint64 * (self.ggml_tensor_overhead() // 8)).from_address(tensor)
         places = [index for index, word in enumerate(words) if word == self.ggml_get_data(tensor)]
         self.ggml_free(context)
         if len(places) != 1:
             raise BackendError(f"kernel library in {self.folder}: cannot find the data field of a tensor")
         return places[0] * 8
+
+    def _find_strides_offset(self) -> int:
+        """Where `nb`, the distances in bytes, lies in `struct ggml_tensor`: behind the sizes of a tensor like no other."""
+        context = self.context(self.ggml_tensor_overhead())
+        tensor = self.ggml_new_tensor_3d(context, 0, 3, 5, 7)
+        words = list((c_uint64 * (self.ggml_tensor_overhead() // 8)).from_address(tensor))
+        self.ggml_free(context)
+        known = [3, 5, 7, 1, 4, 4 * 3, 4 * 3 * 5, 4 * 3 * 5 * 7]
+        places = [index for index in range(len(words)) if words[index : index + len(known)] == known]
+        if len(places) != 1:
+            raise BackendError(f"kernel library in {self.folder}: cannot find the strides of a tensor")
+        return (places[0] + 4) * 8
+
+    def _find_flags_offset(self) -> int:
+        """Where `flags` lies in `struct ggml_tensor`: the only word that changes when a tensor is marked as an output."""
+        context = self.context(self.ggml_tensor_overhead())
+        tensor = self.ggml_new_tensor_1d(context, 0, 1)
+        words = (c_uint32 * (self.ggml_tensor_overhead() // 4)).from_address(tensor)
+        before = list(words)
+        self.ggml_set_output(tensor)
+        places = [index for index, word in enumerate(words) if word != before[index]]
+        self.ggml_free(context)
+        if len(places) != 1:
+            raise BackendError(f"kernel library in {self.folder}: cannot find the flags of a tensor")
+        return places[0] * 4
 
     def context(self, nbytes: int) -> int:
         """A context of `nbytes` for tensor descriptions only; tensors made in it have no memory."""
@@ -155,9 +198,16 @@ class Library:
             raise BackendError(f"ggml_init: no memory for a context of {nbytes} bytes")
         return int(context)
 
-    def data_cell(self, tensor: int) -> ctypes.c_uint64:
+    def substitute(self, node: int, original: int, num_rows: int) -> None:
+        """Lets the matrix `node` stand in a graph for some columns of `original`: rows as far apart, and marked alike."""
+        ours, theirs = ((c_uint64 * 4).from_address(tensor + self.strides_offset) for tensor in (node, original))
+        ours[1], ours[2], ours[3] = theirs[1], theirs[1] * num_rows, theirs[1] * num_rows
+        mark, marks = (c_uint32.from_address(tensor + self.flags_offset) for tensor in (node, original))
+        mark.value = marks.value
+
+    def data_cell(self, tensor: int) -> c_uint64:
         """The tensor's data pointer, writable: `cell.value = address` moves the tensor."""
-        return ctypes.c_uint64.from_address(tensor + self.data_offset)
+        return c_uint64.from_address(tensor + self.data_offset)
 
 
 def _strlen() -> object:

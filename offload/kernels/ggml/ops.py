@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from offload.kernels.ggml.library import GLU_OPS, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
+from offload.kernels.ggml.library import FLOAT_BYTES, GLU_OPS, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
 from offload.kernels.ops import Activation, Attention, Rope
-
-FLOAT_BYTES = 4
 
 
 class Node(NamedTuple):
@@ -40,8 +38,8 @@ class GraphInputs(NamedTuple):
 
 
 class GgmlOps:
-    """Records one segment. `weight(name)` gives the ggml tensor of a matrix or vector, `out_features(name)` its
-    rows, `kv[layer]` the caches."""
+    """Records one graph. `weight(name)` gives the ggml tensor of a matrix or vector, `out_features(name)` its rows,
+    `kv[layer]` the caches; `on_linear(name, product, factor, num_tokens)` is told every product with a matrix."""
 
     def __init__(
         self,
@@ -51,6 +49,7 @@ class GgmlOps:
         *,
         weight: Callable[[str], int],
         out_features: Callable[[str], int],
+        on_linear: Callable[[str, int, int, int], None],
         kv: Sequence[KVTensors],
         inputs: GraphInputs,
         num_outputs: int,
@@ -61,6 +60,7 @@ class GgmlOps:
         self._graph = graph
         self._weight = weight
         self._out_features = out_features
+        self._on_linear = on_linear
         self._kv = kv
         self._inputs = inputs
         self._num_outputs = num_outputs
@@ -69,6 +69,7 @@ class GgmlOps:
     def linear(self, x: Node, weight: str, bias: str | None = None) -> Node:
         """[num_tokens, in_features] -> [num_tokens, out_features]."""
         tensor = self._lib.ggml_mul_mat(self._ctx, self._weight(weight), x.tensor)
+        self._on_linear(weight, tensor, x.tensor, x.shape[0])
         if bias is not None:
             tensor = self._lib.ggml_add(self._ctx, tensor, self._weight(bias))
         return self._dense(tensor, (x.shape[0], self._out_features(weight)))

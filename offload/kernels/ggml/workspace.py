@@ -7,32 +7,40 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from offload.errors import BackendError
 from offload.kernels.ggml.library import Library
+from offload.kernels.ggml.pieces import Follower
+
+MAX_GRAPHS: Final = 4  # full and last micro-batches, for this KV bucket and the one before
 
 
 @dataclass(slots=True)
 class Graph:
-    """A built graph: the cells through which its leaves and results are pointed at memory before a run."""
+    """A built graph in pieces, and the cells through which its leaves and results are pointed at memory before a pass.
 
-    context: int
-    graph: int
+    Attributes:
+        contexts: ggml's memory for the graph's description.
+        logits: results of the head's parts, in order.
+    """
+
+    contexts: tuple[int, ...]
+    pieces: Sequence[int]
     inputs: dict[str, ctypes.c_uint64]
     masks: dict[int | None, ctypes.c_uint64]
-    hidden_in: ctypes.c_uint64
-    hidden_out: ctypes.c_uint64 | None
-    parts: list[tuple[int, ctypes.c_uint64]]  # (number of the head part, its data cell)
+    hidden: ctypes.c_uint64
+    logits: list[ctypes.c_uint64]
+    followers: Sequence[Follower]
 
 
 class Workspace:
     """See the module. Takes memory when a graph is allocated, and keeps it until `release`."""
 
-    def __init__(self, library: Library, max_graphs: int) -> None:
+    def __init__(self, library: Library) -> None:
         self._lib = library
-        self._max_graphs = max_graphs
         self._allocator: int | None = None
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
 
@@ -51,8 +59,8 @@ class Workspace:
     def add(self, key: Hashable, graph: Graph) -> None:
         """Caches an allocated graph; the one that was not asked for longest makes room."""
         self._graphs[key] = graph
-        if len(self._graphs) > self._max_graphs:
-            self._lib.ggml_free(self._graphs.popitem(last=False)[1].context)
+        if len(self._graphs) > MAX_GRAPHS:
+            self.free(self._graphs.popitem(last=False)[1])
 
     def allocate(self, graph: int) -> None:
         """Gives the graph's inner nodes their places.
@@ -71,7 +79,12 @@ class Workspace:
     def forget(self) -> None:
         """Drops the cached graphs."""
         while self._graphs:
-            self._lib.ggml_free(self._graphs.popitem()[1].context)
+            self.free(self._graphs.popitem()[1])
+
+    def free(self, graph: Graph) -> None:
+        """Frees a graph that is not cached."""
+        for context in graph.contexts:
+            self._lib.ggml_free(context)
 
     def release(self) -> None:
         """Drops the graphs and frees the memory; a later graph takes it anew."""

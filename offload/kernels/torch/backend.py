@@ -1,4 +1,4 @@
-"""The torch backend: runs segments on a torch device from the bytes that the device tier holds.
+"""The torch backend: runs stages on a torch device from the bytes that the device tier holds.
 
 Matrices stay as stored in the arena and are decoded to float32 when they are used. Called from one thread.
 """
@@ -6,14 +6,16 @@ Matrices stay as stored in the arena and are decoded to float32 when they are us
 from __future__ import annotations
 
 from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
 from time import perf_counter
 
 import numpy as np
 import torch
 
+from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
-from offload.kernels.batch import Floats, MicroBatch, Segment
+from offload.kernels.batch import Floats, MicroBatch, Piece
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
@@ -35,6 +37,7 @@ class TorchBackend:
         config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
         self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.head_dim, dtype, tier.device)
         self._offsets: dict[str, int] = {}
+        self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
@@ -53,9 +56,25 @@ class TorchBackend:
         vectors = 4 * sum(len(v.values) if v.tensor is None else v.tensor.num_elements for v in model.vectors.values())
         return {"kv": kv, "workspace": 3 * decoded + activations, "vectors": vectors}
 
-    def place(self, name: str, address: int) -> None:
-        """Matrix `name` now starts at this offset of the arena."""
-        self._offsets[name] = address
+    def place(self, key: BlockKey, address: int) -> None:
+        """A matrix now starts at this offset of the arena."""
+        self._offsets[key.name] = address
+
+    def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
+        """See `Backend.schedule`. A stage with streamed blocks stands alone, all others are merged."""
+        pieces: list[Piece] = []
+        self._spans = []
+        for index, stage in enumerate(self._model.stages):
+            keys = [BlockKey("weight", stage.layer, name) for name in stage.matrices]
+            missing = tuple(key for key in keys if key in streamed)
+            if pieces and not missing and not pieces[-1].streamed:
+                first = self._spans[-1].start
+                name, pinned = f"{self._model.stages[first].name} .. {stage.name}", pieces[-1].pinned + len(keys)
+                pieces[-1], self._spans[-1] = Piece(name, pinned, ()), range(first, index + 1)
+            else:
+                pieces.append(Piece(stage.name, len(keys) - len(missing), missing))
+                self._spans.append(range(index, index + 1))
+        return pieces
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32."""
@@ -79,11 +98,11 @@ class TorchBackend:
         ]
 
     @torch.inference_mode()
-    def run(self, segment: Segment, batch: int) -> float:
+    def run(self, piece: int, batch: int) -> float:
         """See `Backend.run`. Looks at the cancel token between stages; torch's own dispatch counts as kernels."""
         start = perf_counter()
         wanted = bool(self._batches[batch].outputs)
-        for index in range(segment.first, segment.last):
+        for index in self._spans[piece]:
             if index >= self._model.first_output_stage and not wanted:
                 break
             if self._cancel is not None:
