@@ -66,7 +66,11 @@ class _Host:
         return slab
 
     def stream(self, blocks: list[BlockSpec], nbytes: int, reader: NvmeReader) -> BlockStream | None:
-        return BlockStream(blocks, self.slab(nbytes), reader) if blocks else None
+        if not blocks:
+            return None
+        stream = BlockStream(blocks, self.slab(nbytes), reader)
+        self.stack.callback(stream.close)
+        return stream
 
 
 class HostPlace:

@@ -8,12 +8,14 @@ computed never depends on it. Driver thread only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import perf_counter
 from typing import NamedTuple
 
 from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS
 from offload.plan import Plan
 from offload.residency import Residency
+from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Reader
 from offload.tiers.heap import trim_heap
 from offload.tiers.ram import HUGE_PAGE, Slab
@@ -84,9 +86,10 @@ class Lending:
     """
 
     def __init__(
-        self, plan: Plan, idle: IdleMemory, slab: Slab, residency: Residency, reader: Reader,
+        self, plan: Plan, idle: IdleMemory, slab: Slab, residency: Residency, reader: Reader, telemetry: Telemetry,
         moved: Callable[[frozenset[BlockKey]], None],
     ) -> None:  # fmt: skip
+        self._telemetry = telemetry
         self._plan = plan
         self._cache = idle.cache
         self._release_prompt = idle.release_prompt
@@ -143,6 +146,7 @@ class Lending:
 
     def _pin(self, count: int, cancel: CancelToken | None) -> None:
         blocks, start = self._plan.borrowers[self._count : count], self._end(self._count)
+        asked = perf_counter()
         self._stream_all_but(count)
         try:
             self._slab.populate(start, self._end(count) - start)
@@ -154,6 +158,7 @@ class Lending:
             self._stream_all_but(self._count)
             self._discard()
             raise
+        self._telemetry.waited("weights on loan", asked, perf_counter())
         self._count = count
         self._residency.read_ahead()
 

@@ -114,7 +114,7 @@ class Runner:
             self.table.release_scratch()
 
         lent = IdleMemory(idle.cache, release_prompt)
-        return Lending(self.plan, lent, slab, residency, self.reader, self.scheduler.set_streamed)
+        return Lending(self.plan, lent, slab, residency, self.reader, self.telemetry, self.scheduler.set_streamed)
 
     def _on_read(self) -> OnRead | None:
         if self.telemetry.timeline is None:

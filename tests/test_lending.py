@@ -21,6 +21,7 @@ from offload.engine import Engine
 from offload.errors import Cancelled
 from offload.lending import CacheMemory, IdleMemory, Lending, Range
 from offload.plan import LOAN_GRAIN, Demand, Plan, make_plan, minimum_budget
+from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.ram import CAN_DISCARD, Slab
@@ -142,7 +143,7 @@ def make_border() -> Iterator[Border]:
     memory = Slab(8 * PAGE, huge_pages=False, prefault=False)
     cache = CacheMemory(memory, lambda first, last: [Range(first * PAGE, (last - first) * PAGE)], 256)
     idle = IdleMemory(cache, lambda: None)
-    yield plan, recorder, Lending(plan, idle, slab, recorder, recorder, recorder.moved.append)  # type: ignore[arg-type]
+    yield plan, recorder, Lending(plan, idle, slab, recorder, recorder, Telemetry(), recorder.moved.append)  # type: ignore[arg-type]
     slab.close()
     memory.close()
 

@@ -94,6 +94,8 @@ def test_pinned_and_waiting_blocks_are_hits_and_late_ones_are_not(placed: dict[B
     table.acquire(3, [A[0].key], None)
     assert holds(slab, placed[A[0].key], A[0])
     assert (telemetry.demands, telemetry.hits) == (4, 4)
+    while not stream._ahead:
+        stream.fill()
     stream._ahead[0] = stream._ahead[0]._replace(handle=LateHandle(pieces=1, nbytes=1))
     table.release([A[0].key])
     table.acquire(0, [A[1].key], None)
@@ -104,6 +106,7 @@ def test_pinned_and_waiting_blocks_are_hits_and_late_ones_are_not(placed: dict[B
     table.release([A[3].key])
     table.read_ahead()
     table.restart()
+    stream.close()
 
 
 class LateHandle(TransferHandle):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -47,8 +48,8 @@ def test_every_block_arrives_whole_and_in_order_pass_after_pass(sizes: list[int]
     reader = NvmeReader(FakeStorage({FILE: CONTENT}), [FILE], workers=2)
     blocks = blocks_of(sizes)
     slab = Slab(ring_capacity([[block.footprint] for block in blocks], slack), huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
     try:
-        stream = BlockStream(blocks, slab, reader)
         for _ in range(3):
             for block in blocks:
                 arrival = stream.acquire(block.key, None)
@@ -57,6 +58,7 @@ def test_every_block_arrives_whole_and_in_order_pass_after_pass(sizes: list[int]
                 assert bytes_at(slab, arrival.address, block.nbytes) == expected
                 stream.release(1)
     finally:
+        stream.close()
         reader.close()
         slab.close()
 
@@ -68,8 +70,9 @@ def test_reading_goes_on_into_the_next_pass(reader: NvmeReader) -> None:
     for block in blocks:
         stream.acquire(block.key, None)
         stream.release(1)
-    reader.drain()
+    wait_for(stream.is_ready)
     assert stream.acquire(blocks[0].key, None).was_ready
+    stream.close()
     slab.close()
 
 
@@ -80,13 +83,58 @@ def test_a_cancelled_wait_ends_and_the_stream_begins_anew(reader: NvmeReader) ->
     stream.acquire(blocks[0].key, None)
     cancel = CancelToken()
     cancel.cancel()
-    reader.drain()
+    wait_for(stream.is_ready)
     stall(stream)
     with pytest.raises(Cancelled):
         stream.acquire(blocks[1].key, cancel)
     stream.restart()
     arrival = stream.acquire(blocks[0].key, None)
     assert bytes_at(slab, arrival.address, 8000) == CONTENT[77 : 77 + 8000]
+    stream.close()
+    slab.close()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Reads are started by another thread."""
+    for _ in range(1000):
+        if condition():
+            return
+        time.sleep(0.005)
+    raise AssertionError("it never came")
+
+
+def test_a_read_that_cannot_be_started_is_raised_where_its_block_is_asked_for(
+    reader: NvmeReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = blocks_of([8000, 9000])
+    slab = Slab(ring_capacity([[blocks[1].footprint]], 0), huge_pages=False)
+    stream = BlockStream(blocks, slab, reader)
+    stream.acquire(blocks[0].key, None)
+    started = reader.read_extent
+
+    def refuse(*_: object) -> TransferHandle:
+        raise StorageError("/model: the file ends before block b0 does")
+
+    monkeypatch.setattr(reader, "read_extent", refuse)
+    stream.acquire(blocks[1].key, None)
+    stream.release(2)
+    wait_for(lambda: stream._failure is not None)
+    with pytest.raises(StorageError, match="ends before"):
+        stream.acquire(blocks[0].key, None)
+    monkeypatch.setattr(reader, "read_extent", started)
+    stream.restart()
+    assert bytes_at(slab, stream.acquire(blocks[0].key, None).address, 8000) == CONTENT[77 : 77 + 8000]
+    stream.close()
+    stream.close()
+    slab.close()
+
+
+def test_nothing_is_read_after_the_end(reader: NvmeReader) -> None:
+    slab = Slab(64 * 1024, huge_pages=False)
+    stream = BlockStream(blocks_of([8000]), slab, reader)
+    stream.close()
+    stream.fill()
+    assert not stream._filler.is_alive() and reader.statistics().bytes == 0
     slab.close()
 
 
@@ -106,6 +154,7 @@ def test_a_failed_read_is_raised_where_its_block_is_asked_for() -> None:
         stream.acquire(blocks[1].key, None)
     stream.restart()
     assert stream.acquire(blocks[0].key, None).address
+    stream.close()
     reader.close()
     slab.close()
 
@@ -124,4 +173,5 @@ def test_a_cycle_can_be_narrowed_and_widened_again(reader: NvmeReader) -> None:
             assert bytes_at(slab, address, blocks[i].nbytes) == CONTENT[extent.offset : extent.end]
             stream.release(1)
         stream.fill()
+    stream.close()
     slab.close()
