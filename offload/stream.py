@@ -101,20 +101,14 @@ class BlockStream:
 
     def replace(self, keys: AbstractSet[BlockKey]) -> None:
         """Begins anew with a cycle of these blocks only."""
-        self.restart()
         with self._lock:
+            self._forget()
             self._blocks = tuple(block for block in self._all if block.key in keys)
 
     def restart(self) -> None:
         """Forgets what is in flight and begins the cycle anew; after an error or a cancelled pass."""
         with self._lock:
-            self._reader.cancel_pending()
-            self._reader.drain()
-            self._ahead.clear()
-            self._taken.clear()
-            self._ring.reset()
-            self._started = 0
-            self._failure = None
+            self._forget()
 
     def close(self) -> None:
         """Starts no more reads. Idempotent. Those in flight are the reader's."""
@@ -123,11 +117,22 @@ class BlockStream:
 
     def _serve(self) -> None:
         while self._room.get():
-            try:
-                with self._lock:
+            with self._lock:
+                try:
                     self._start_reads()
-            except Exception as error:  # raised where the next block is asked for
-                self._failure = error
+                except Exception as error:  # raised where the next block is asked for
+                    self._failure = error
+
+    # under the lock
+
+    def _forget(self) -> None:
+        self._reader.cancel_pending()
+        self._reader.drain()
+        self._ahead.clear()
+        self._taken.clear()
+        self._ring.reset()
+        self._started = 0
+        self._failure = None
 
     def _start_reads(self) -> None:
         while len(self._ahead) + len(self._taken) < len(self._blocks):
