@@ -87,14 +87,15 @@ class HostPlace:
     def footprint(self) -> Footprint:
         model, ctx = self._opened.model, self._opened.ctx
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
-        workspace, prompt = self.backend.reserve()
+        needs = self.backend.reserve()
         kv = self.backend.kv_nbytes(model, ctx, self._config.kv_type)
         whole_pages = self.backend.kv_bucket_nbytes(model, self._config.kv_type) % PAGE == 0
         return Footprint(
             in_parts=True,
             kv_bytes=kv,
-            workspace_bytes=workspace,
-            prompt_bytes=prompt,
+            workspace_bytes=needs.few,
+            prompt_bytes=needs.prompt,
+            micro_batch_bytes=needs.micro_batch,
             lends=whole_pages and CAN_DISCARD and can_trim_heap(),
         )
 

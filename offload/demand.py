@@ -78,22 +78,23 @@ def logits_rows(model: Model) -> int:
 
 
 def make_demand(
-    model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int, lends: bool,
-    base_bytes: int, rates: Rates, budget_bytes: int | None, device_fixed: Mapping[str, int] | None = None,
+    model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int,
+    micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
+    device_fixed: Mapping[str, int] | None = None,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
     Args:
         in_parts: whether matrices move in parts by rows, each used by itself, or whole and with all others of their stage.
-        workspace_bytes: what the backend's graphs need for a few tokens. prompt_bytes: that each micro-batch of a prompt
-            needs in addition.
+        workspace_bytes: what the backend's graphs need for a few tokens. prompt_bytes: that prompts need in addition.
+        micro_batch_bytes: that each micro-batch of a prompt does.
         lends: whether memory that is idle can hold weights.
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
     """
     blocks = model_blocks(model, in_parts=in_parts)
-    per_batch = micro_batch_nbytes(model, ctx) + prompt_bytes
+    per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
     rows = min(MICRO_BATCH_TOKENS, ctx)
     compute_s = compute_seconds(model, rates)
     missing = max(0, sum(block.footprint for block in blocks) + kv_bytes + base_bytes - (budget_bytes or 0))
@@ -102,15 +103,16 @@ def make_demand(
     )
     few = min(FEW_TOKENS, ctx)
     workspace_bytes += micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
-    prompt_bytes = per_pass * per_batch + _table_scratch(model.embedding, rows)
-    prompt_bytes -= micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
+    workspace_bytes += _logits(model, 1)
+    prompt_bytes += per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model, logits_rows(model))
+    prompt_bytes -= micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few) + _logits(model, 1)
     bucket_bytes = kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET)
     fixed = {
         "base": base_bytes,
         "margin": MARGIN_BYTES,
         "vectors": sum(_vector_nbytes(model, name) for name in model.vectors),
         "kv": align_up(kv_bytes),
-        "workspace": workspace_bytes + prompt_bytes + _logits(model),
+        "workspace": workspace_bytes + prompt_bytes,
     }
     table = model.embedding
     return Demand(
@@ -161,7 +163,6 @@ def _table_scratch(table: TensorInfo, rows: int) -> int:
     return rows * (align_up(table.row_nbytes) + 4096)
 
 
-def _logits(model: Model) -> int:
+def _logits(model: Model, rows: int) -> int:
     """The backend's logits, the copies handed out, and the sampler's candidates."""
-    vocab = model.config.vocab_size
-    return 4 * vocab * (logits_rows(model) + 6)
+    return 4 * model.config.vocab_size * (rows + 6)

@@ -104,7 +104,7 @@ class Decoder:
         self._kv.clear()
         result = np.empty((len(tokens), model.config.vocab_size), dtype=np.float32)
         rows = logits_rows(model)
-        self._runner.make_room(len(tokens), len(tokens))
+        self._runner.make_room(len(tokens), MICRO_BATCH_TOKENS)  # rows of logits need a prompt's room, however few
         for start in range(0, len(tokens), rows):
             stop = min(start + rows, len(tokens))
             batch = MicroBatch(start, stop - start, tuple(range(stop - start)))

@@ -108,7 +108,8 @@ class Footprint:
 
     Attributes:
         in_parts: whether matrices move in parts by rows.
-        workspace_bytes: for passes of a few tokens. prompt_bytes: that each micro-batch of a longer one needs in addition.
+        workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition, and micro_batch_bytes
+            that each of their micro-batches does.
         lends: whether what the cache and prompts do not use can be given back to the system, and so be lent to weights.
     """
 
@@ -116,6 +117,7 @@ class Footprint:
     kv_bytes: int
     workspace_bytes: int
     prompt_bytes: int = 0
+    micro_batch_bytes: int = 0
     lends: bool = False
     device_fixed: dict[str, int] | None = None
     device_budget_bytes: int | None = None
@@ -140,8 +142,9 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
             opened.model, ctx=opened.ctx, in_parts=footprint.in_parts, kv_bytes=footprint.kv_bytes,
-            workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes, lends=footprint.lends,
-            base_bytes=base_bytes, rates=rates, budget_bytes=budget, device_fixed=footprint.device_fixed,
+            workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes,
+            micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
+            budget_bytes=budget, device_fixed=footprint.device_fixed,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time

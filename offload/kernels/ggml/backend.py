@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 
@@ -30,12 +30,20 @@ from offload.kernels.ggml.workspace import Graph, Workspace
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.tiers.base import CancelToken
-from offload.units import align_up
+from offload.units import MIB, align_up
 
 TENSORS_PER_STAGE: Final = 64  # at most, counting views
 ANCHOR_NBYTES: Final = 1 << 46
 I32: Final = 26  # ggml's numbers of the integer types, which no weight has
 I64: Final = 27
+
+
+class WorkspaceNeeds(NamedTuple):
+    """Bytes for passes of a few tokens, for prompts in addition, and for each of a prompt's micro-batches."""
+
+    few: int
+    prompt: int
+    micro_batch: int
 
 
 class GgmlBackend:
@@ -49,8 +57,8 @@ class GgmlBackend:
         self._ctx = ctx
         self._kv_type: KVType = kv_type
         self._kv_element = element_type(kv_type.upper())
-        self._backend = self._lib.ggml_backend_cpu_init()
-        self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
+        self._threads = threads
+        self._backend = self._open_backend()
         self._anchor_memory = np.zeros(8192, dtype=np.uint8)
         self._anchor_address = align_up(self._anchor_memory.ctypes.data)
         # tensors that live in our memory need a buffer object; it is never read through, only data pointers are
@@ -116,28 +124,33 @@ class GgmlBackend:
                 self._cells[name].value = self._part_cells[keys[0]].value
         return cut_passes(self._model, self._keys, streamed)
 
-    def reserve(self) -> tuple[int, int]:
-        """Builds the largest graphs once, so that no later one needs more.
-
-        Returns:
-            Bytes of workspace that passes of a few tokens need, and what each micro-batch of a prompt needs in addition.
-        """
+    def reserve(self) -> WorkspaceNeeds:
+        """Builds the largest graphs once, so that no later one needs more, and tells what they need."""
         for workspace, most in ((self._few, FEW_TOKENS), (self._prompts[0], MICRO_BATCH_TOKENS)):
             tokens = min(most, self._ctx)
             batch = MicroBatch(self._ctx - tokens, tokens, (0,))
             inputs = BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows)
             workspace.free(self._build(inputs, workspace))
+        return WorkspaceNeeds(
+            few=self._few.nbytes + self._scratch_nbytes(FEW_TOKENS),
+            prompt=self._scratch_nbytes(MICRO_BATCH_TOKENS),
+            micro_batch=self._prompts[0].nbytes,
+        )
+
+    def _scratch_nbytes(self, tokens: int) -> int:
+        """An upper bound of what ggml itself takes for a graph: activations in the kernel's type, attention's tiles."""
         widest = max(tensor.shape[1] for tensor in self._model.matrices.values())
-        # activations converted to the kernel's type, at most 16 bits each, and flash attention's tiles; ggml keeps them
-        conversion = tokens * widest * 2 + (4 << 20)
-        return self._few.nbytes + conversion, self._prompts[0].nbytes
+        return min(tokens, self._ctx) * (widest * 2 + 16 * 1024) + MIB
 
     def release_prompt(self) -> None:
         """Frees what only passes of many tokens need."""
         for workspace in self._prompts:
             workspace.release()
         self._inputs = []
-        self._hidden = np.empty(0, np.float32)
+        self._hidden = self._logits = np.empty(0, np.float32)
+        self._lib.ggml_backend_free(self._backend)  # it keeps the scratch memory of its largest graph
+        self._backend = self._open_backend()
+        self.set_cancel(self._cancel)
 
     # ---- running
 
@@ -202,7 +215,12 @@ class GgmlBackend:
         self._lib.ggml_free(self._tensors)
         self._lib.ggml_backend_buffer_free(self._anchor)
         self._lib.ggml_backend_free(self._backend)
-        self._backend = None
+        self._backend = 0
+
+    def _open_backend(self) -> int:
+        backend: int = self._lib.ggml_backend_cpu_init()
+        self._lib.ggml_backend_cpu_set_n_threads(backend, self._threads)
+        return backend
 
     # ---- tensors
 
