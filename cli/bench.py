@@ -13,7 +13,6 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -23,6 +22,7 @@ from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import disk_use, resident_share
+from offload.cli.text import output_console
 from offload.errors import UsageError
 from offload.tiers.probe import measure_disk
 from offload.units import format_rate, format_size
@@ -153,7 +153,7 @@ def write_report(report: dict[str, Any], rows: list[Row], *, as_json: bool, mark
         table = Table(*header, box=None)
         for line in cells:
             table.add_row(*(escape(cell) for cell in line))
-        Console(highlight=False).print(table)
+        output_console().print(table)
     typer.echo(f"disk limit {format_rate(report['disk_limit_bps'])}, predicted {report['predicted_tps']:.3g} tokens/s")
 
 

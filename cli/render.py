@@ -69,7 +69,7 @@ class Wrapper:
 
     def feed(self, text: str) -> list[str]:
         """Final lines, without their line feeds, after appending `text`."""
-        *whole, last = (self.rest + text.expandtabs(4)).split("\n")
+        *whole, last = (self.rest + text).expandtabs(4).split("\n")
         done: list[str] = []
         for line in whole:
             done.extend(self._wrap(line))

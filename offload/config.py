@@ -43,7 +43,11 @@ def _check_number(name: str, value: object, low: float, high: float, *, whole: b
     number = None if isinstance(value, bool) else value
     if not isinstance(number, Real) or (whole and not isinstance(number, Integral)):
         raise UsageError(f"{name}={value!r}: must be a {'whole ' if whole else ''}number")
-    if not low <= float(number) <= high:
+    try:
+        size = float(number)
+    except OverflowError:  # a whole number that is too large for a float, and perhaps to be printed
+        raise UsageError(f"{name}: must lie between {low} and {high}") from None
+    if not low <= size <= high:
         raise UsageError(f"{name}={value}: must lie between {low} and {high}")
 
 
@@ -141,7 +145,7 @@ class SamplingConfig:
             ("xtc_probability", self.xtc_probability, 0.0, 1.0),
             ("xtc_threshold", self.xtc_threshold, 0.0, 1.0),
             ("mirostat", self.mirostat, 0, 2),
-            ("seed", self.seed or 0, 0, 2**32 - 2),  # llama.cpp reads 2**32 - 1 as "choose one"
+            ("seed", 0 if self.seed is None else self.seed, 0, 2**32 - 2),  # llama.cpp reads 2**32 - 1 as "choose one"
             ("repeat_penalty", self.repeat_penalty, 1e-3, 1e3),
             ("presence_penalty", self.presence_penalty, -1e3, 1e3),
             ("frequency_penalty", self.frequency_penalty, -1e3, 1e3),
