@@ -81,6 +81,7 @@ class GgmlBackend:
         self._inputs: list[BatchInputs] = []
         self._hidden = np.empty(0, np.float32)
         self._offsets: list[int] = []
+        self._logits_offsets: list[int] = []
         self._logits = np.empty(0, np.float32)
 
     # ---- memory
@@ -98,7 +99,10 @@ class GgmlBackend:
         return KV_BUCKET * width * element_type(kv_type.upper()).block_bytes
 
     def place_cache(self, address: int) -> None:
-        """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied)."""
+        """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied).
+
+        Before the first pass: graphs hold the address.
+        """
         each = self.kv_nbytes(self._model, self._ctx, self._kv_type) // len(self._kv_cells)
         for index, cell in enumerate(self._kv_cells):
             cell.value = address + index * each
@@ -166,9 +170,10 @@ class GgmlBackend:
         ]
         starts = np.cumsum([0, *(batch.num_tokens for batch in batches)])
         self._offsets = [int(start) * size * 4 for start in starts[:-1]]
-        wanted = max((len(batch.outputs) for batch in batches), default=0) * self._model.config.vocab_size
-        if self._logits.size < wanted:
-            self._logits = np.empty(wanted, np.float32)
+        rows = np.cumsum([0, *(len(batch.outputs) for batch in batches)]) * self._model.config.vocab_size
+        self._logits_offsets = [int(start) for start in rows[:-1]]
+        if self._logits.size < rows[-1]:
+            self._logits = np.empty(int(rows[-1]), np.float32)
 
     def run(self, piece: int, batch: int) -> float:
         """See `Backend.run`."""
@@ -190,11 +195,10 @@ class GgmlBackend:
         """See `Backend.logits`."""
         rows, vocab = len(self._inputs[batch].batch.outputs), self._model.config.vocab_size
         result = np.empty((rows, vocab), dtype=np.float32)
-        start = 0
+        values, start = self._logits[self._logits_offsets[batch] :], 0
         for name in self._head_names():
             width = self._model.matrices[name].shape[0]
-            flat = self._logits[rows * start : rows * (start + width)]
-            result[:, start : start + width] = flat.reshape(rows, width)
+            result[:, start : start + width] = values[rows * start : rows * (start + width)].reshape(rows, width)
             start += width
         return result
 
@@ -358,7 +362,7 @@ class GgmlBackend:
         graph.hidden.value = self._hidden.ctypes.data + self._offsets[batch]
         outputs, start = len(inputs.batch.outputs), 0
         for cell, name in zip(graph.logits, self._head_names(), strict=False):
-            cell.value = self._logits.ctypes.data + 4 * outputs * start
+            cell.value = self._logits.ctypes.data + 4 * (self._logits_offsets[batch] + outputs * start)
             start += self._model.matrices[name].shape[0]
         for follower in graph.followers:
             follower.cell.value = follower.leader.value + follower.offset

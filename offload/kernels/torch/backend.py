@@ -117,6 +117,8 @@ class TorchBackend:
 
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
+        if not self._batches[batch].outputs:
+            return np.empty((0, self._model.config.vocab_size), np.float32)
         rows: Floats = torch.cat(self._parts[batch], dim=-1).cpu().numpy()
         return rows
 

@@ -1,0 +1,253 @@
+"""Each operation that `GgmlOps` records, run as a graph of its own, against its definition in float64."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+
+from offload.elements import F16, F32, ElementType
+from offload.kernels.batch import MicroBatch
+from offload.kernels.ggml.backend import ANCHOR_NBYTES, I32, I64
+from offload.kernels.ggml.inputs import BatchInputs, bucket
+from offload.kernels.ggml.library import load_library
+from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
+from offload.kernels.ggml.workspace import Workspace
+from offload.kernels.ops import Activation, Attention, Rope
+from offload.units import PAGE, align_up
+
+Array = np.ndarray[Any, Any]
+TOKENS, HEADS, KV_HEADS, DIM, CTX = 5, 4, 2, 16, 512
+BATCH = MicroBatch(7, TOKENS, (3, 1))
+GENERATOR = np.random.default_rng(5)
+
+
+def random(*shape: int) -> Array:
+    return GENERATOR.standard_normal(shape, np.float32)
+
+
+WEIGHTS = {
+    "matrix": random(6, DIM),
+    "bias": random(6),
+    "norm": random(DIM),
+    "factors": np.abs(random(DIM // 2)) + np.float32(0.5),
+}
+
+
+class Kernels:
+    """Makes graphs of single operations over arrays, and runs them."""
+
+    def __init__(self) -> None:
+        self.lib = load_library()
+        self.backend = self.lib.ggml_backend_cpu_init()
+        self.lib.ggml_backend_cpu_set_n_threads(self.backend, 2)
+        self.page = np.zeros(2 * PAGE, np.uint8)
+        self.start = align_up(self.page.ctypes.data)
+        self.anchor = self.lib.ggml_backend_cpu_buffer_from_ptr(self.start, ANCHOR_NBYTES)
+        self.products: list[tuple[str, int, int, int]] = []
+
+    def close(self) -> None:
+        self.lib.ggml_backend_buffer_free(self.anchor)
+        self.lib.ggml_backend_free(self.backend)
+
+    def leaf(self, context: int, array: Array) -> int:
+        """A tensor that lies where the array does."""
+        assert array.flags.c_contiguous
+        kind = {"f4": F32.ggml_id, "f2": F16.ggml_id, "i4": I32, "i8": I64}[array.dtype.str[1:]]
+        columns, rows = array.shape[-1], array.size // array.shape[-1]
+        shape = (rows,) if array.ndim > 1 else ()
+        make = self.lib.ggml_new_tensor_2d if shape else self.lib.ggml_new_tensor_1d
+        tensor: int = make(context, kind, columns, *shape)
+        self.lib.ggml_backend_tensor_alloc(self.anchor, tensor, self.start)
+        self.lib.data_cell(tensor).value = array.ctypes.data
+        return tensor
+
+    def __call__(
+        self,
+        record: Callable[..., Node | tuple[Node, ...]],
+        *arrays: Array,
+        batch: MicroBatch = BATCH,
+        caches: Mapping[str, list[Array]] | None = None,
+        window: int | None = None,
+    ) -> list[Array]:
+        """The results of `record(ops, *nodes)`, where nodes are the arrays, [num_tokens, features] each."""
+        lib = self.lib
+        context = lib.context(128 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(128, False))
+        graph = lib.ggml_new_graph_custom(context, 128, False)
+        inputs = BatchInputs(batch, bucket(batch.kv_length, CTX), (window,))
+        pairs = zip(caches["key"], caches["value"], strict=True) if caches else ()
+        ops = GgmlOps(
+            lib, context, graph,
+            weight={name: self.leaf(context, values) for name, values in WEIGHTS.items()}.__getitem__,
+            out_features=lambda name: WEIGHTS[name].shape[0],
+            on_linear=lambda *told: self.products.append(told),
+            kv=[KVTensors(*(self.leaf(context, cache) for cache in pair), pair[0].itemsize) for pair in pairs],
+            inputs=GraphInputs(
+                *(self.leaf(context, array) for array in (inputs.positions, inputs.rows, inputs.outputs)),
+                masks={window: self.leaf(context, inputs.masks[window])},
+            ),
+            num_outputs=len(batch.outputs), kv_length=inputs.kv_length,
+        )  # fmt: skip
+        nodes = [Node(self.leaf(context, array), array.shape, array.shape[1] * 4) for array in arrays]
+        recorded = record(ops, *nodes)
+        results = (recorded,) if isinstance(recorded, Node) else recorded
+        dense = [lib.ggml_cont(context, result.tensor) for result in results]
+        for tensor in dense:
+            lib.ggml_set_output(tensor)
+            lib.ggml_build_forward_expand(graph, tensor)
+        workspace = Workspace(lib)
+        workspace.allocate(graph)
+        assert lib.ggml_backend_graph_compute(self.backend, graph) == 0
+        values = [
+            np.ctypeslib.as_array((ctypes.c_float * math.prod(result.shape)).from_address(lib.ggml_get_data(tensor)))
+            .reshape(result.shape)
+            .copy()
+            for tensor, result in zip(dense, results, strict=True)
+        ]
+        workspace.release()
+        lib.ggml_free(context)
+        return values
+
+
+@pytest.fixture(scope="module")
+def kernels() -> Iterator[Kernels]:
+    kernels = Kernels()
+    yield kernels
+    kernels.close()
+
+
+def near(actual: Array, expected: Array, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    assert actual.shape == expected.shape
+    np.testing.assert_allclose(actual, expected, rtol=rtol, atol=atol)
+
+
+def test_linear_adds_its_bias_and_tells_of_its_product(kernels: Kernels) -> None:
+    x = random(TOKENS, DIM)
+    kernels.products.clear()
+    plain, biased = kernels(lambda ops, x: (ops.linear(x, "matrix"), ops.linear(x, "matrix", "bias")), x)
+    near(plain, x.astype(np.float64) @ WEIGHTS["matrix"].T)
+    near(biased, plain + WEIGHTS["bias"])
+    assert [(name, tokens) for name, _, _, tokens in kernels.products] == [("matrix", TOKENS)] * 2
+    products, factors = {told[1] for told in kernels.products}, {told[2] for told in kernels.products}
+    assert len(products) == 2 and len(factors) == 1, "each product, and x both times"
+
+
+def test_rms_norm_works_on_rows_and_on_heads_of_a_slice(kernels: Kernels) -> None:
+    def normed(x: Array) -> Array:
+        return x / np.sqrt(np.square(x.astype(np.float64)).mean(-1, keepdims=True) + 0.25)
+
+    x, wide = random(TOKENS, DIM), random(TOKENS, 3 * DIM)
+    plain, weighted = kernels(lambda ops, x: (ops.rms_norm(x, None, 0.25), ops.rms_norm(x, "norm", 0.25)), x)
+    near(plain, normed(x))
+    near(weighted, normed(x) * WEIGHTS["norm"])
+    (heads,) = kernels(lambda ops, x: ops.rms_norm(ops.heads(ops.split(x, [DIM, 2 * DIM])[1], 2), "norm", 0.25), wide)
+    near(heads, normed(wide[:, DIM:].reshape(TOKENS, 2, DIM)) * WEIGHTS["norm"])
+
+
+def test_elementwise_operations_follow_their_definitions(kernels: Kernels) -> None:
+    a, b = random(TOKENS, DIM), random(TOKENS, DIM)
+    added, scaled, capped = kernels(lambda ops, a, b: (ops.add(a, b), ops.scale(a, -0.5), ops.softcap(a, 0.7)), a, b)
+    near(added, a + b, 0, 0)
+    near(scaled, a * np.float32(-0.5), 0, 0)
+    near(capped, 0.7 * np.tanh(a.astype(np.float64) / 0.7))
+
+
+def test_slices_heads_and_output_rows_pick_the_right_numbers(kernels: Kernels) -> None:
+    x = random(TOKENS, 3 * DIM)
+    first, second, third = kernels(lambda ops, x: ops.split(x, [4, 12, 2 * DIM]), x)
+    assert np.array_equal(first, x[:, :4]) and np.array_equal(second, x[:, 4:DIM]) and np.array_equal(third, x[:, DIM:])
+    nested, rows = kernels(lambda ops, x: (ops.heads(ops.split(x, [DIM, 2 * DIM])[1], 4), ops.output_rows(x)), x)
+    assert np.array_equal(nested, x[:, DIM:].reshape(TOKENS, 4, DIM // 2))
+    assert np.array_equal(rows, x[[3, 1]])
+
+
+@pytest.mark.parametrize(
+    ("name", "activation"),
+    [
+        ("silu", lambda v: v / (1 + math.exp(-v))),
+        ("gelu", lambda v: v * (1 + math.erf(v / math.sqrt(2))) / 2),
+        ("gelu_tanh", lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2),
+    ],
+)
+def test_glu_with_every_activation(kernels: Kernels, name: Activation, activation: Callable[[float], float]) -> None:
+    """Gates are float16 numbers: ggml looks the second gelu up in a table of those. The gelus differ by 1% at -2."""
+    gate = (2 * random(TOKENS, 64)).astype(np.float16).astype(np.float32)
+    up = random(TOKENS, 64)
+    (result,) = kernels(lambda ops, gate, up: ops.glu(gate, up, name), gate, up)
+    near(result, np.vectorize(activation)(gate.astype(np.float64)) * up, 6e-4 if name == "gelu_tanh" else 1e-5, 1e-6)
+
+
+ROPES = {
+    "halves": Rope(dims=DIM, theta=100.0),
+    "neighbours": Rope(dims=DIM, theta=100.0, interleaved=True),
+    "partial": Rope(dims=6, theta=100.0),
+    "partial-neighbours": Rope(dims=6, theta=100.0, interleaved=True),
+    "linear": Rope(dims=DIM, theta=100.0, frequency_scale=0.25),
+    "factors": Rope(dims=DIM, theta=100.0, factors="factors"),
+    "everything": Rope(dims=DIM, theta=1e4, factors="factors", magnitude=1.5, interleaved=True, frequency_scale=0.5),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_rope_turns_pairs_by_position_and_frequency(kernels: Kernels, name: str) -> None:
+    rope, start = ROPES[name], 131
+    x = random(TOKENS, HEADS * DIM)
+    pairs = np.arange(rope.dims // 2)
+    first, second = (2 * pairs, 2 * pairs + 1) if rope.interleaved else (pairs, pairs + rope.dims // 2)
+    divisors = np.ones(len(pairs)) if rope.factors is None else WEIGHTS["factors"][: len(pairs)].astype(np.float64)
+    frequencies = rope.frequency_scale * rope.theta ** (-2 * pairs / rope.dims) / divisors
+    turn = rope.magnitude * np.exp(1j * (start + np.arange(TOKENS))[:, None, None] * frequencies)
+    expected = x.reshape(TOKENS, HEADS, DIM).astype(np.float64)
+    turned = (expected[..., first] + 1j * expected[..., second]) * turn
+    expected[..., first], expected[..., second] = turned.real, turned.imag
+    batch = MicroBatch(start, TOKENS, (0,))
+    (result,) = kernels(lambda ops, x: ops.rope(ops.heads(x, HEADS), rope), x, batch=batch)
+    near(result, expected, 1e-4, 1e-4)
+
+
+def attended(query: Array, keys: Array, values: Array, start: int, attention: Attention) -> Array:
+    """Softmax attention in float64: query [tokens, heads, dim] over keys and values [positions, kv_heads, dim]."""
+    group = query.shape[1] // keys.shape[1]
+    k, v = (np.repeat(past.astype(np.float64), group, axis=1) for past in (keys, values))
+    scores = np.einsum("thd,khd->htk", query.astype(np.float64), k) * attention.scale
+    if attention.softcap is not None:
+        scores = attention.softcap * np.tanh(scores / attention.softcap)
+    distance = start + np.arange(len(query))[:, None] - np.arange(len(keys))
+    hidden = (distance < 0) | (distance >= (attention.window or CTX))
+    weights = np.exp(np.where(hidden, -np.inf, scores))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("htk,khd->thd", weights, v).reshape(len(query), -1)
+
+
+@pytest.mark.parametrize("element", [F32, F16], ids=str)
+@pytest.mark.parametrize("softcap", [None, 0.7])
+@pytest.mark.parametrize("window", [None, 1, 40, CTX])
+def test_attention_over_cache_and_batch(
+    kernels: Kernels, window: int | None, softcap: float | None, element: ElementType
+) -> None:
+    """Batches of every size that ggml has a kernel for, across a bucket, in the second of two layers."""
+    attention = Attention(layer=1, scale=0.4, window=window, softcap=softcap)
+    kind = {F32: np.float32, F16: np.float16}[element]
+    caches = {name: [np.zeros((CTX, KV_HEADS * DIM), kind) for _ in range(2)] for name in ("key", "value")}
+    bounds = (0, 5, 6, 100, 101, 300, 301)
+    query, keys, values = (random(bounds[-1], heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    stored = [past.astype(kind).reshape(-1, KV_HEADS, DIM) for past in (keys, values)]
+
+    def record(ops: GgmlOps, query: Node, key: Node, value: Node) -> Node:
+        heads = ops.heads(query, HEADS), ops.heads(key, KV_HEADS), ops.heads(value, KV_HEADS)
+        return ops.attention(*heads, attention)
+
+    for start, stop in pairwise(bounds):
+        fresh = [array[start:stop] for array in (query, keys, values)]
+        (result,) = kernels(record, *fresh, batch=MicroBatch(start, stop - start), caches=caches, window=window)
+        rows = query[start:stop].astype(kind).reshape(-1, HEADS, DIM)
+        past = [array[:stop] for array in stored]
+        near(result, attended(rows, *past, start, attention), *((1e-5, 1e-5) if element is F32 else (2e-3, 1e-3)))
+    for cache, expected in zip((caches["key"], caches["value"]), stored, strict=True):
+        assert np.array_equal(cache[1][: bounds[-1]], expected.reshape(-1, KV_HEADS * DIM))
+        assert not cache[1][bounds[-1] :].any() and not cache[0].any()
