@@ -1,0 +1,84 @@
+"""Speeds: what is probed, and what is remembered of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.checkpoints import tiny_checkpoint
+
+from offload.config import LoadConfig
+from offload.elements import F16, ElementType
+from offload.errors import StorageError
+from offload.machine import MachineProfile, load_machine, save_machine
+from offload.opening import Opened, open_model
+from offload.rates import default_threads, machine_rates
+
+KERNEL_BPS, DISK_BPS, REMEMBERED_BPS = 3e9, 2e9, 7e9
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+    return open_model(tiny_checkpoint("llama", tmp_path_factory.mktemp("llama")), LoadConfig())
+
+
+class Home:
+    """Probes that count, and a cache folder of the test's own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.path, self.probes, self.patch = folder / "cache" / "machine.json", Counter[str](), monkeypatch
+        monkeypatch.setattr("offload.rates.load_machine", lambda: load_machine(self.path))
+        monkeypatch.setattr("offload.rates.save_machine", lambda profile: save_machine(profile, self.path))
+        monkeypatch.setattr("offload.rates.measure_disk", self._probe("disk", DISK_BPS))
+        monkeypatch.setattr("offload.rates.measure_attention", self._probe("attention", 1e-8))
+        monkeypatch.setattr("offload.rates.measure_kernel", self._kernel)
+
+    def _probe(self, name: str, value: float):
+        return lambda *_, seconds: self.probes.update([name]) or value
+
+    def _kernel(self, element: ElementType, threads: int, *, seconds: float, nbytes: int) -> float:
+        self.probes[element.name] += 1
+        return KERNEL_BPS
+
+    def rates(self, opened: Opened, threads: int | None = None):
+        """Rates, and what was probed for them."""
+        self.probes.clear()
+        made = machine_rates(opened.checkpoint, opened.model, F16, threads or default_threads())
+        return made, dict(self.probes)
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
+    return Home(tmp_path, monkeypatch)
+
+
+def saved(home: Home) -> MachineProfile:
+    profile = load_machine(home.path)
+    assert profile is not None
+    return profile
+
+
+def test_a_disk_is_probed_once_and_kernels_until_doctor_has_measured_them(home: Home, opened: Opened) -> None:
+    rates, probed = home.rates(opened)
+    assert probed == {"disk": 1, "F32": 1, "attention": 1}
+    assert (rates.disk_bps, rates.kernel_bps, rates.attention_s) == (DISK_BPS, {"F32": KERNEL_BPS}, 1e-8)
+    assert saved(home).kernel_bps == {}, "a short probe of kernels must not outlive the load"
+    rates, probed = home.rates(opened)
+    assert probed == {"F32": 1, "attention": 1} and rates.disk_bps == DISK_BPS
+    save_machine(replace(saved(home), kernel_bps={"F32": REMEMBERED_BPS}), home.path)
+    rates, probed = home.rates(opened)
+    assert probed == {"attention": 1} and rates.kernel_bps == {"F32": REMEMBERED_BPS}
+    rates, probed = home.rates(opened, threads=default_threads() + 1)
+    assert probed["F32"] == 1 and rates.kernel_bps == {"F32": KERNEL_BPS}, "measured with other threads"
+
+
+def test_a_home_that_cannot_be_written_costs_a_probe_and_no_load(home: Home, opened: Opened) -> None:
+    def refuse(_: MachineProfile) -> None:
+        raise StorageError("read-only")
+
+    home.patch.setattr("offload.rates.save_machine", refuse)
+    for _ in range(2):
+        rates, probed = home.rates(opened)
+        assert probed["disk"] == 1 and rates.disk_bps == DISK_BPS

@@ -1,0 +1,156 @@
+"""The driver's thread and streams over it: nothing is lost on a slow consumer, and whoever goes away cancels."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import cast
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import tiny_checkpoint
+
+import offload
+from offload.errors import ClosedError, StorageError
+from offload.results import Chunk, Completion
+from offload.runtime import Driver, Stream, iterate
+from offload.tiers.base import CancelToken
+
+CANCELLED, DONE = cast(Completion, "cancelled"), cast(Completion, "done")  # streams do not look at them
+PATIENCE_S = 20.0  # how long a broken cancel is waited for
+
+
+class Endless:
+    """A job that emits one chunk and goes on until it is cancelled."""
+
+    def __init__(self) -> None:
+        self.running, self.was_cancelled = threading.Event(), False
+
+    def __call__(self, cancel: CancelToken, emit: Callable[[Chunk], None]) -> Completion:
+        emit(Chunk(text="a", tokens=(1,)))
+        self.running.set()
+        self.was_cancelled = cancel.wait(PATIENCE_S)
+        emit(Chunk(text="b", tokens=(2,)))
+        return CANCELLED
+
+
+@pytest.fixture
+def driver() -> Iterator[Driver]:
+    made = Driver()
+    yield made
+    made.close()
+
+
+@given(st.lists(st.text(max_size=3), max_size=30), st.integers(0, 30), st.booleans())
+def test_a_slow_consumer_gets_every_chunk_in_order_and_then_the_end_or_the_error(
+    texts: list[str], taken: int, fails: bool
+) -> None:
+    driver, chunks = Driver(), [Chunk(text=text, tokens=(number,)) for number, text in enumerate(texts)]
+
+    def job(_: CancelToken, emit: Callable[[Chunk], None]) -> Completion:
+        for chunk in chunks:
+            emit(chunk)
+        if fails:
+            raise StorageError("the disk is gone")
+        return DONE
+
+    stream = Stream(driver, job)
+    seen = [stream.next_chunk() for _ in range(min(taken, len(chunks)))]
+    driver.close()  # the job is over, whatever is left in the stream
+    outcome = pytest.raises(StorageError, match="gone") if fails else nullcontext()
+    with outcome:
+        for chunk in stream:
+            seen.append(chunk)  # noqa: PERF402 - the error must not lose them
+    assert seen == chunks
+    with outcome:
+        assert stream.result() is DONE
+    stream.close()
+    assert stream.next_chunk() is None
+
+
+def test_a_stream_that_is_dropped_or_left_frees_the_driver(driver: Driver) -> None:
+    job = Endless()
+    stream = Stream(driver, job)
+    assert next(stream).text == "a"
+    del stream
+    gc.collect()
+    assert driver.submit(lambda: job.was_cancelled).result(), "the job must not keep its stream alive"
+    with Stream(driver, job := Endless()):
+        assert job.running.wait(PATIENCE_S)
+    assert job.was_cancelled and driver.submit(lambda: True).result()
+
+
+def test_another_thread_cancels_a_consumer_that_waits(driver: Driver) -> None:
+    job = Endless()
+    stream, seen = Stream(driver, job), list[str]()
+    consumer = threading.Thread(target=lambda: seen.extend(chunk.text for chunk in stream))
+    consumer.start()
+    assert job.running.wait(PATIENCE_S)
+    stream.cancel()
+    consumer.join(PATIENCE_S)
+    assert job.was_cancelled and seen == ["a", "b"]
+    assert stream.result() is CANCELLED
+
+
+def test_a_cancelled_task_of_asyncio_cancels_what_it_waits_for(driver: Driver) -> None:
+    job = Endless()
+    stream = Stream(driver, job)
+
+    async def main() -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        async for chunk in iterate(stream):
+            assert chunk.text == "a"
+            asyncio.get_running_loop().call_soon(task.cancel)  # hits the wait for the next chunk
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(main())
+    assert stream.result() is CANCELLED and job.was_cancelled
+
+
+def test_jobs_run_in_order_on_one_thread_and_closing_runs_what_is_queued() -> None:
+    driver, go, ran = Driver(), threading.Event(), list[tuple[int, int]]()
+    driver.submit(lambda: go.wait(PATIENCE_S))
+    for number in range(20):
+        driver.submit(lambda number=number: ran.append((number, threading.get_ident())))
+    closer = threading.Thread(target=driver.close)
+    closer.start()
+    go.set()
+    closer.join(PATIENCE_S)
+    assert [number for number, _ in ran] == list(range(20)) and len({thread for _, thread in ran}) == 1
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("offload-driver")]
+    with pytest.raises(ClosedError, match="load the model again"):
+        driver.submit(lambda: None)
+    driver.close()
+
+
+def test_closing_an_engine_while_a_request_runs_waits_for_it_and_refuses_the_queue(tmp_path: Path) -> None:
+    model = tiny_checkpoint("llama", tmp_path)
+    threads = threading.active_count()
+    engine = offload.load(model, ctx=64, ram="minimum")
+    started, go = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        started.set()
+        assert go.wait(PATIENCE_S)
+
+    running = engine.stream([1, 2, 3], max_tokens=4, temperature=0, ignore_eos=True, on_prefill=hold)
+    queued = engine.stream([1, 2, 3], max_tokens=4)
+    assert started.wait(PATIENCE_S)
+    closer = threading.Thread(target=engine.close)
+    closer.start()
+    while engine._runner is not None:
+        closer.join(0.01)
+    assert closer.is_alive(), "memory must not go while kernels use it"
+    go.set()
+    closer.join(PATIENCE_S)
+    assert not closer.is_alive()
+    assert len([running.next_chunk() for _ in range(4)]) == 4
+    with pytest.raises(ClosedError):
+        queued.result()
+    assert threading.active_count() == threads
