@@ -15,7 +15,7 @@ from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
-MARGIN_BYTES: Final = 32 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
+MARGIN_BYTES: Final = 48 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
 MAX_MICRO_BATCHES: Final = 8
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
@@ -74,7 +74,7 @@ def micro_batch_nbytes(model: Model, ctx: int, tokens: int = MICRO_BATCH_TOKENS)
 
 def logits_rows(model: Model) -> int:
     """Rows of logits computed at once when all are wanted; never a function of the budget, see MICRO_BATCH_TOKENS."""
-    return max(1, LOGITS_BYTES // (4 * model.config.vocab_size))
+    return min(MICRO_BATCH_TOKENS, max(1, LOGITS_BYTES // (4 * model.config.vocab_size)))
 
 
 def make_demand(

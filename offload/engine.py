@@ -200,8 +200,8 @@ class Engine:
             wait_s=telemetry.wait_s,
             other_s=telemetry.other_s,
             bound="disk" if telemetry.wait_s > telemetry.compute_s else "compute",
-            io=self._io(),
-            residency=self._residency(),
+            io=_io(self._open_runner),
+            residency=_residency(self._open_runner),
             kv_tokens=len(self._decoder),
             rss_bytes=memory.rss,
             peak_rss_bytes=peak_rss(memory.rss),
@@ -261,19 +261,20 @@ class Engine:
         emit: Callable[[Chunk], None], on_prefill: OnPrefill | None,
     ) -> Completion:  # fmt: skip
         self._check()
-        runner, before = self._open_runner, self._io()
+        runner = self._open_runner  # the one that answers, even if `close` is called meanwhile
+        before = _io(runner)
         runner.backend.set_cancel(cancel)
         try:
             answer = self._guard(lambda: generate(self._decoder, runner, tokens, request, cancel, emit, on_prefill))
         finally:
             runner.backend.set_cancel(None)
-        return self._completion(answer, before)
+        return self._completion(runner, answer, before)
 
-    def _completion(self, answer: Answer, before: Mapping[str, EdgeUse]) -> Completion:
+    def _completion(self, runner: Runner, answer: Answer, before: Mapping[str, EdgeUse]) -> Completion:
         first = answer.first_token_s or answer.ended_s
         prefill_s, decode_s = first - answer.started_s, answer.ended_s - first
         computed = answer.prompt_tokens - answer.cached_tokens
-        after = self._io()
+        after = _io(runner)
         return Completion(
             text=answer.text,
             tokens=tuple(answer.tokens),
@@ -291,19 +292,9 @@ class Engine:
                 edge: EdgeUse(bytes=use.bytes - before[edge].bytes, busy_s=use.busy_s - before[edge].busy_s)
                 for edge, use in after.items()
             },
-            residency=self._residency(),
+            residency=_residency(runner),
             peak_rss_bytes=peak_rss(self._process.memory_info().rss),
         )
-
-    def _io(self) -> dict[str, EdgeUse]:
-        return {"nvme->ram": self._open_runner.reader.statistics()}
-
-    def _residency(self) -> dict[str, TierUse]:
-        runner = self._open_runner
-        return {
-            "ram": TierUse(bytes=runner.plan.pinned_bytes + runner.lent_bytes, hit_rate=runner.telemetry.hit_rate),
-            "nvme": TierUse(bytes=runner.plan.streamed_bytes - runner.lent_bytes, hit_rate=1.0),
-        }
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -329,6 +320,18 @@ class Engine:
         if self.tokenizer is None:
             raise UsageError(f"{self.model_name} brings no tokenizer; give the prompt as token ids")
         return self.tokenizer
+
+
+def _io(runner: Runner) -> dict[str, EdgeUse]:
+    return {"nvme->ram": runner.reader.statistics()}
+
+
+def _residency(runner: Runner) -> dict[str, TierUse]:
+    plan, lent = runner.plan, runner.lent_bytes
+    return {
+        "ram": TierUse(bytes=plan.pinned_bytes + lent, hit_rate=runner.telemetry.hit_rate),
+        "nvme": TierUse(bytes=plan.streamed_bytes - lent, hit_rate=1.0),
+    }
 
 
 def peak_rss(current: int) -> int:

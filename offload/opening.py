@@ -135,7 +135,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         opened.model,
         element_type(config.kv_type.upper()),
         opened.threads,
-        PROBE_BYTES if roomy_probe else MARGIN_BYTES,
+        PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2,
     )
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from offload.errors import StorageError
@@ -43,7 +44,8 @@ def write_trace(path: Path, events: Iterable[Event]) -> None:
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a name that cannot be written cannot be removed either
+            temporary.unlink()
         raise StorageError(
             f"trace {path}: {error.strerror}; choose another place for --trace", path=str(path)
         ) from None

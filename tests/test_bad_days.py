@@ -15,6 +15,7 @@ from offload.errors import AllocationError, ClosedError, StorageError
 from offload.tiers.files import LocalStorage
 from offload.tiers.ram import Slab
 from offload.tiers.wrapper import Fault, FaultKind, FaultyStorage
+from offload.trace import write_trace
 
 PROMPT = [5, 6, 7, 8]
 
@@ -59,7 +60,8 @@ def test_interrupted_and_short_reads_are_continued(model: Path, expected: tuple[
         assert engine.generate(PROMPT, max_tokens=6, temperature=0, ignore_eos=True).tokens == expected
 
 
-def test_after_a_disk_error_the_engine_is_closed_for_requests(model: Path) -> None:
+def test_after_a_disk_error_the_engine_is_closed_for_requests(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)  # nothing is lent, so every token reads
     with offload.load(model, ctx=64, ram="minimum", storage=storage_with([Fault(at=120, kind="eio")])) as engine:
         with pytest.raises(StorageError):
             engine.generate(PROMPT, max_tokens=60, temperature=0, ignore_eos=True)
@@ -106,3 +108,10 @@ def test_closing_leaves_no_thread(model: Path) -> None:
     with offload.load(model, ctx=64, ram="minimum") as engine:
         engine.generate(PROMPT, max_tokens=1, temperature=0)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("name", ["file/trace.json", "a" * 250])
+def test_a_trace_that_cannot_be_placed_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="choose another place for --trace"):
+        write_trace(tmp_path / name, [])

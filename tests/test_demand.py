@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+from support.checkpoints import tiny_checkpoint
 
 from offload import demand
 from offload.blocks import Extent
-from offload.demand import MAX_MICRO_BATCHES, Rates, model_blocks
+from offload.config import MICRO_BATCH_TOKENS
+from offload.demand import MAX_MICRO_BATCHES, Rates, logits_rows, model_blocks
 from offload.elements import BY_NAME
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.models.base import Model, ModelConfig, Vector
+from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import TensorInfo
 from offload.models.parts import movable_parts
+from offload.models.registry import build_model
 from offload.plan import Demand, full_budget, make_plan, minimum_budget
 from offload.units import MIB, align_up
 
@@ -146,3 +151,10 @@ def test_more_micro_batches_than_one_cost_at_most_a_twentieth_of_the_budget(
         for prompt in (False, True):
             most = roomy.fixed["kv"] + roomy.fixed["workspace"] if lends else 0
             assert 0 <= roomy.idle(tokens, prompt=prompt) <= most
+
+
+def test_rows_of_logits_fit_the_largest_graph_however_small_the_vocabulary(tmp_path: Path) -> None:
+    model = build_model(open_checkpoint(tiny_checkpoint("llama", tmp_path)), 64)
+    assert logits_rows(model) == MICRO_BATCH_TOKENS
+    large = replace(model, config=replace(model.config, vocab_size=262_144))
+    assert 1 <= logits_rows(large) < 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -154,3 +155,22 @@ def test_closing_an_engine_while_a_request_runs_waits_for_it_and_refuses_the_que
     with pytest.raises(ClosedError):
         queued.result()
     assert threading.active_count() == threads
+
+
+def test_a_request_that_runs_while_the_engine_closes_keeps_its_result(demo: Path) -> None:
+    engine = offload.load(demo, ctx=64)
+    running, go_on = threading.Event(), threading.Event()
+
+    def hold(done: int, total: int) -> None:
+        running.set()
+        go_on.wait(30)
+
+    stream = engine.stream([1, 2, 3], max_tokens=4, temperature=0, ignore_eos=True, on_prefill=hold)
+    running.wait(30)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    while engine._runner is not None:
+        time.sleep(0.005)
+    go_on.set()
+    assert len(stream.result().tokens) == 4
+    closing.join()
