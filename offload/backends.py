@@ -126,10 +126,7 @@ class HostPlace:
         bucket = self.backend.kv_bucket_nbytes(model, kv_type)
         tensors = 2 * model.config.num_layers
         each = self.backend.kv_nbytes(model, self._opened.ctx, kv_type) // tensors
-        return [
-            Range(tensor * each + first * bucket, (last - first) * bucket)
-            for tensor in range(tensors if last > first else 0)
-        ]
+        return [Range(tensor * each + first * bucket, (last - first) * bucket) for tensor in range(tensors)]
 
     def place_vector(self, name: str, values: Floats) -> None:
         self.backend.place_vector(name, values)

@@ -100,6 +100,7 @@ class Lending:
         self._count = 0
         self._use: _Use | None = None
         self._is_settled = False
+        self._prompt_held = True  # planning built a prompt's graphs
 
     @property
     def nbytes(self) -> int:
@@ -116,6 +117,7 @@ class Lending:
         if use == self._use:
             return
         self._use, self._is_settled = None, False
+        self._prompt_held |= use.prompt
         allowed = self._plan.on_loan(positions, prompt=use.prompt)
         if allowed < self._count:
             self._take_back(allowed)
@@ -131,8 +133,10 @@ class Lending:
         self.make_room(positions, 1)
         if self._is_settled:
             return
-        self._release_prompt()
-        trim_heap()
+        if self._prompt_held:
+            self._release_prompt()
+            trim_heap()
+            self._prompt_held = False
         allowed = self._plan.on_loan(positions)
         if allowed > self._count:
             self._pin(allowed, cancel)

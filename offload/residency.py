@@ -111,16 +111,13 @@ class Residency:
         if self._stream is not None:
             self._stream.replace(keys)
 
-    def address(self, key: BlockKey) -> int | None:
-        """Where a pinned block's first byte is; None for a block that is not pinned."""
-        return self._pinned.get(key)
-
     @property
     def pinned(self) -> Mapping[BlockKey, int]:
+        """Where the first byte of every pinned block is."""
         return self._pinned
 
     def acquire(self, pinned: int, streamed: Sequence[BlockKey], cancel: CancelToken | None) -> None:
-        """Waits for the streamed blocks of a segment and points the kernels at them. `pinned` others count as hits."""
+        """Waits for the streamed blocks of a piece and points the kernels at them. `pinned` others count as hits."""
         telemetry = self._telemetry
         telemetry.demands += pinned + len(streamed)
         telemetry.hits += pinned
@@ -131,7 +128,7 @@ class Residency:
             self._place(key, arrival.address)
 
     def release(self, streamed: Sequence[BlockKey]) -> None:
-        """The segment has run; its streamed blocks may be overwritten."""
+        """The piece has run; its streamed blocks may be overwritten."""
         if streamed:
             assert self._stream is not None
             self._stream.release(len(streamed))

@@ -61,11 +61,3 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     script = f"import sys, offload; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
-
-
-def test_importing_the_package_takes_less_than_a_tenth_of_a_second() -> None:
-    script = "import time; start = time.perf_counter(); import offload; print(time.perf_counter() - start)"
-    runs = [
-        subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True) for _ in range(3)
-    ]
-    assert min(float(run.stdout) for run in runs) < 0.1

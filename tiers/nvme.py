@@ -10,10 +10,10 @@ calls `close`. The queue and the counters are guarded by one lock; a handle ends
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from time import monotonic, perf_counter
 from typing import NamedTuple
 
 from offload.blocks import Extent
@@ -112,11 +112,11 @@ class NvmeReader:
             StorageError: no request ended for `timeout_s`.
         """
         with self._lock:
-            seen, deadline = self._use.ended, time.monotonic() + timeout_s
+            seen, deadline = self._use.ended, monotonic() + timeout_s
             while self._queue or self._use.in_flight:
                 if self._use.ended != seen:
-                    seen, deadline = self._use.ended, time.monotonic() + timeout_s
-                if not self._idle.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
+                    seen, deadline = self._use.ended, monotonic() + timeout_s
+                if not self._idle.wait(deadline - monotonic()) and monotonic() >= deadline:
                     raise self._hangs(timeout_s)
 
     def check_files(self) -> None:
@@ -130,7 +130,7 @@ class NvmeReader:
     def statistics(self) -> EdgeUse:
         """Bytes that arrived and the time with a request in flight, up to now."""
         with self._lock:
-            return EdgeUse(bytes=self._use.nbytes, busy_s=self._use.busy_until(time.perf_counter()))
+            return EdgeUse(bytes=self._use.nbytes, busy_s=self._use.busy_until(perf_counter()))
 
     def close(self) -> None:
         """Drops what has not started, waits for what has, ends the workers, closes the files. Idempotent.
@@ -171,10 +171,10 @@ class NvmeReader:
                     return False
                 self._work.wait()
             piece = self._queue.popleft()
-            self._use.start(time.perf_counter())
+            self._use.start(perf_counter())
         error = self._read(piece)
         with self._lock:
-            self._use.end(time.perf_counter(), 0 if error else len(piece.destination))
+            self._use.end(perf_counter(), 0 if error else len(piece.destination))
             self._idle.notify_all()
         if error is None:
             piece.handle.complete(len(piece.destination))
@@ -184,12 +184,12 @@ class NvmeReader:
 
     def _read(self, piece: Piece) -> Exception | None:
         """Reads a piece and returns what went wrong: the worker survives every error, the handle carries it."""
-        start_s = time.perf_counter()
+        start_s = perf_counter()
         try:
             read_checked(piece.file, piece.destination, piece.offset, piece.needed)
             if self._on_read is not None:
                 size = len(piece.destination)
-                self._on_read(start_s, time.perf_counter(), size, piece.file.path, piece.offset)
+                self._on_read(start_s, perf_counter(), size, piece.file.path, piece.offset)
         except Exception as error:
             return error
         return None

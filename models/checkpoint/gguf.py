@@ -19,7 +19,7 @@ from offload.blocks import Extent
 from offload.elements import BY_GGML_ID, ElementType
 from offload.errors import CheckpointError
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
-from offload.models.checkpoint.gguf_metadata import U32, U64, Purse, read_metadata, read_name
+from offload.models.checkpoint.gguf_metadata import U32, Purse, read_metadata, read_name
 from offload.models.checkpoint.merge import merge_tensors
 from offload.models.checkpoint.reader import DAMAGED, HeaderReader, fingerprint, is_name, is_regular_file, quote
 from offload.units import MIB, align_up
@@ -30,6 +30,7 @@ _HEADER_LIMIT_BYTES: Final = 32 * MIB  # the largest vocabularies of 2026 need 1
 _DEFAULT_ALIGNMENT: Final = 32
 _MAX_ALIGNMENT: Final = MIB
 _MAX_DIMS: Final = 4
+_SHAPES: Final = tuple(Struct(f"<{num_dims}Q") for num_dims in range(1, _MAX_DIMS + 1))
 _TENSOR_INFO_BYTES: Final = 8 + 1 + 4 + 8 + 4 + 8  # the shortest that can be: one-letter name, one dimension
 _TENSOR_COST: Final = 640  # bytes of a TensorInfo, its extent, its shape and its place in a dict
 _COUNTS: Final = Struct("<QQ")
@@ -146,20 +147,19 @@ def _read_tensor_info(reader: HeaderReader, index: int, alignment: int) -> Tenso
     (num_dims,) = reader.unpack(U32, f"{what}: number of dimensions")
     if not 1 <= num_dims <= _MAX_DIMS:
         raise reader.error(f"{what}: {num_dims} dimensions, expected 1 to {_MAX_DIMS}; {DAMAGED}", tensor=name)
-    shape = tuple(reader.unpack(U64, f"{what}: shape")[0] for _ in range(num_dims))[::-1]
+    shape = reader.unpack(_SHAPES[num_dims - 1], f"{what}: shape")[::-1]
     code, offset = reader.unpack(_TYPE_AND_OFFSET, f"{what}: type and offset")
     if code not in BY_GGML_ID:
         raise reader.error(f"{what}: element type {code} is not one that ggml computes", tensor=name)
     if offset % alignment:
         raise reader.error(f"{what}: offset {offset} is no multiple of the alignment {alignment}", tensor=name)
-    nbytes = _nbytes(reader, name, BY_GGML_ID[code], shape)
+    nbytes = _nbytes(reader, name, what, BY_GGML_ID[code], shape)
     extent = Extent(path=reader.path, offset=offset, nbytes=nbytes)
     return TensorInfo(name=name, element=BY_GGML_ID[code], shape=shape, extent=extent)
 
 
-def _nbytes(reader: HeaderReader, name: str, element: ElementType, shape: tuple[int, ...]) -> int:
+def _nbytes(reader: HeaderReader, name: str, what: str, element: ElementType, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor, at most those of the file."""
-    what = f"tensor {quote(name)}"
     if min(shape) < 1:
         raise reader.error(f"{what}: shape {shape} has an empty dimension; {DAMAGED}", tensor=name)
     if shape[-1] % element.block_elements:

@@ -155,7 +155,9 @@ class HeaderReader:
 
     def unpack(self, layout: Struct, what: str) -> tuple[Any, ...]:
         """The next `layout.size` bytes as the values of `layout`."""
-        return layout.unpack(self.take(layout.size, what))
+        start = self.position
+        self.skip(layout.size, what)
+        return layout.unpack_from(self.buffer, start)
 
     def finish(self, *, keep: int) -> bytes:
         """Drop all but the first `keep` bytes of the buffer. Returns the digest of the header and the file's size."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.ropes import ropes
 
 from offload.elements import F16, F32, ElementType
 from offload.kernels.batch import MicroBatch
@@ -18,13 +19,14 @@ from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import load_library
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
 from offload.kernels.ggml.workspace import Workspace
-from offload.kernels.ops import Activation, Attention, Rope
+from offload.kernels.ops import Activation, Attention
 from offload.units import PAGE, align_up
 
 Array = np.ndarray[Any, Any]
 TOKENS, HEADS, KV_HEADS, DIM, CTX = 5, 4, 2, 16, 512
 BATCH = MicroBatch(7, TOKENS, (3, 1))
 GENERATOR = np.random.default_rng(5)
+START = GENERATOR.bit_generator.state
 
 
 def random(*shape: int) -> Array:
@@ -114,6 +116,12 @@ class Kernels:
         return values
 
 
+@pytest.fixture(autouse=True)
+def own_numbers() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    GENERATOR.bit_generator.state = START
+
+
 @pytest.fixture(scope="module")
 def kernels() -> Iterator[Kernels]:
     kernels = Kernels()
@@ -182,15 +190,7 @@ def test_glu_with_every_activation(kernels: Kernels, name: Activation, activatio
     near(result, np.vectorize(activation)(gate.astype(np.float64)) * up, 6e-4 if name == "gelu_tanh" else 1e-5, 1e-6)
 
 
-ROPES = {
-    "halves": Rope(dims=DIM, theta=100.0),
-    "neighbours": Rope(dims=DIM, theta=100.0, interleaved=True),
-    "partial": Rope(dims=6, theta=100.0),
-    "partial-neighbours": Rope(dims=6, theta=100.0, interleaved=True),
-    "linear": Rope(dims=DIM, theta=100.0, frequency_scale=0.25),
-    "factors": Rope(dims=DIM, theta=100.0, factors="factors"),
-    "everything": Rope(dims=DIM, theta=1e4, factors="factors", magnitude=1.5, interleaved=True, frequency_scale=0.5),
-}
+ROPES = ropes(DIM)
 
 
 @pytest.mark.parametrize("name", ROPES)
@@ -224,7 +224,11 @@ def attended(query: Array, keys: Array, values: Array, start: int, attention: At
     return np.einsum("htk,khd->thd", weights, v).reshape(len(query), -1)
 
 
-@pytest.mark.parametrize("element", [F32, F16], ids=str)
+# with a cache of F16, ggml also sums the weighted values in F16: up to 300 roundings of 2^-12 of what is summed
+TOLERANCE = {F32: (1e-5, 1e-5), F16: (2e-3, 4e-3)}
+
+
+@pytest.mark.parametrize("element", TOLERANCE, ids=str)
 @pytest.mark.parametrize("softcap", [None, 0.7])
 @pytest.mark.parametrize("window", [None, 1, 40, CTX])
 def test_attention_over_cache_and_batch(
@@ -247,7 +251,7 @@ def test_attention_over_cache_and_batch(
         (result,) = kernels(record, *fresh, batch=MicroBatch(start, stop - start), caches=caches, window=window)
         rows = query[start:stop].astype(kind).reshape(-1, HEADS, DIM)
         past = [array[:stop] for array in stored]
-        near(result, attended(rows, *past, start, attention), *((1e-5, 1e-5) if element is F32 else (2e-3, 1e-3)))
+        near(result, attended(rows, *past, start, attention), *TOLERANCE[element])
     for cache, expected in zip((caches["key"], caches["value"]), stored, strict=True):
         assert np.array_equal(cache[1][: bounds[-1]], expected.reshape(-1, KV_HEADS * DIM))
         assert not cache[1][bounds[-1] :].any() and not cache[0].any()

@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
+from support.ropes import ropes
 
-from offload.kernels.ops import Attention, Rope
+from offload.kernels.ops import Attention
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.ops import TorchOps
 
@@ -23,6 +24,12 @@ WEIGHTS = {
 
 def random(*shape: int) -> torch.Tensor:
     return torch.randn(*shape, generator=GENERATOR)
+
+
+@pytest.fixture(autouse=True)
+def own_numbers() -> None:
+    """Every test draws the same numbers, whichever ran before it."""
+    GENERATOR.manual_seed(3)
 
 
 def new_cache(dtype: torch.dtype = torch.float32) -> TorchCache:
@@ -74,15 +81,7 @@ def test_glu(name, activation) -> None:
     torch.testing.assert_close(new_ops().glu(gate, up, name), expected)
 
 
-ROPES = {
-    "halves": Rope(dims=DIM, theta=100.0),
-    "neighbours": Rope(dims=DIM, theta=100.0, interleaved=True),
-    "partial": Rope(dims=6, theta=100.0),
-    "partial-neighbours": Rope(dims=4, theta=100.0, interleaved=True),
-    "linear": Rope(dims=DIM, theta=100.0, frequency_scale=0.25),
-    "factors": Rope(dims=DIM, theta=100.0, factors="factors"),
-    "magnitude": Rope(dims=DIM, theta=100.0, factors="factors", magnitude=1.5, interleaved=True),
-}
+ROPES = ropes(DIM)
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -68,3 +68,14 @@ def safetensors(header: Mapping[str, object] | str | bytes, data: bytes = b"", *
 
 def entry(dtype: str, shape: Sequence[object], begin: object, end: object) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+def tokenizer_keys(model: str) -> tuple[bytes, ...]:
+    """The metadata that a llama file with a tokenizer of this model begins with."""
+    return (
+        key("general.architecture", STRING, "llama"),
+        key("llama.context_length", U32, 128),
+        key("llama.embedding_length", U32, 64),
+        key("llama.block_count", U32, 1),
+        key("tokenizer.ggml.model", STRING, model),
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 
 from support.headers import (
     ARRAY,
@@ -23,6 +24,8 @@ from support.headers import (
     string,
     tensor,
 )
+
+from offload.units import MIB
 
 HUGE = 2**60
 ARCHITECTURE = key("general.architecture", STRING, "llama")
@@ -158,3 +161,116 @@ SAFETENSORS = {
     "weight in 8-bit floats": (safetensors({"t": entry("F8_E4M3", [8], 0, 8)}, bytes(8)), "dtype F8_E4M3"),
     "weight in packed bytes": (safetensors({"a.weight": entry("U8", [8], 0, 8)}, bytes(8)), "dtype U8"),
 }
+
+
+def _long(code: int, count: int) -> bytes:
+    """Head of a GGUF whose only other key is an array; the file is then extended with zeros."""
+    head = string("a.b") + struct.pack("<IIQ", ARRAY, code, count)
+    return Gguf(keys=(key("general.architecture", STRING, "llama"), head), alignment=1).build()
+
+
+# suffix, bytes, size that the file is extended to with zeros, whether it opens
+LARGE = {
+    "3 million empty strings": (".gguf", _long(STRING, 3_000_000), 40 * MIB, False),
+    "2.6 million empty strings": (".gguf", _long(STRING, 2_600_000), 40 * MIB, True),
+    "23 MiB of numbers": (".gguf", _long(U8, 23 * MIB), 40 * MIB, True),
+    "31 MiB of numbers": (".gguf", _long(U8, 31 * MIB), 40 * MIB, False),
+    "4 GiB of numbers": (".gguf", _long(U8, 4096 * MIB), 5000 * MIB, False),
+    "an empty array of arrays, a million times": (".gguf", _long(ARRAY, 1_000_000), 40 * MIB, False),
+    "a string of 5 MiB": (
+        ".gguf",
+        Gguf(
+            keys=(
+                key("general.architecture", STRING, "llama"),
+                key("a.b", STRING, "\U0001f600".encode() + bytes(5 * MIB)),
+            )
+        ).build(),
+        None,
+        True,
+    ),
+    "a string of 12 MiB": (
+        ".gguf",
+        Gguf(keys=(key("general.architecture", STRING, "llama"), key("a.b", STRING, bytes(12 * MIB)))).build(),
+        None,
+        False,
+    ),
+    "35,000 tensors": (
+        ".gguf",
+        Gguf(
+            tensors=tuple(tensor(f"tensor number {i}", [1], 0, 32 * i) for i in range(35_000)), data=bytes(35_000 * 32)
+        ).build(),
+        None,
+        True,
+    ),
+    "80,000 tensors": (
+        ".gguf",
+        Gguf(tensors=tuple(tensor(f"{i}", [1], 0, 32 * i) for i in range(80_000)), data=bytes(80_000 * 32)).build(),
+        None,
+        False,
+    ),
+    "400 tensors with names of 64 KiB": (
+        ".gguf",
+        Gguf(
+            tensors=tuple(tensor(f"\U0001f600{i:0>65000}", [1], 0, 32 * i) for i in range(400)), data=bytes(400 * 32)
+        ).build(),
+        None,
+        False,
+    ),
+    "50,000 keys": (
+        ".gguf",
+        Gguf(keys=tuple(key(f"{i}", U8, 0) for i in range(50_000))).build(),
+        None,
+        False,
+    ),
+    "100,000 keys": (
+        ".gguf",
+        Gguf(keys=tuple(key(f"{i}", U8, 0) for i in range(100_000))).build(),
+        None,
+        False,
+    ),
+    "17,000 tensors in JSON": (
+        ".safetensors",
+        safetensors({f"tensor number {i}": entry("F32", [1], 4 * i, 4 * i + 4) for i in range(17_000)}, bytes(68_000)),
+        None,
+        True,
+    ),
+    "30,000 tensors in JSON": (
+        ".safetensors",
+        safetensors({f"{i}": entry("F32", [1], 4 * i, 4 * i + 4) for i in range(30_000)}, bytes(120_000)),
+        None,
+        False,
+    ),
+    "99,000 empty lists": (".safetensors", safetensors(b'{"a":[' + b"[]," * 99_000 + b"[]]}"), None, False),
+    "3 million commas": (".safetensors", safetensors(b'{"a":[' + b"0," * 3_000_000 + b"0]}"), None, False),
+    "149,000 keys": (
+        ".safetensors",
+        safetensors(b"{" + b",".join(b'"%045d":0' % i for i in range(149_000)) + b"}"),
+        None,
+        False,
+    ),
+    "8 MiB of text": (".safetensors", safetensors(b'{"a":"' + b"x" * (8 * MIB - 8) + b'"}'), None, False),
+    "8 MiB of escapes": (
+        ".safetensors",
+        safetensors(b'{"a":"' + b"\\\\" * (4 * MIB - 8) + b'"}'),
+        None,
+        False,
+    ),
+    "8 MiB of quotes": (".safetensors", safetensors(b"{" + b'"' * (8 * MIB - 8) + b"}"), None, False),
+    "3 MiB with a rare character": (
+        ".safetensors",
+        safetensors(b'{"a":"\xf0\x9f\x98\x80' + b"x" * (3 * MIB) + b'"}'),
+        None,
+        False,
+    ),
+    "header of 1 GiB": (".safetensors", safetensors(b"{", length=1024 * MIB), 1025 * MIB, False),
+}
+
+
+def write(folder: Path, suffix: str, data: bytes, *, size: int | None = None) -> Path:
+    path = folder / f"model{suffix}"
+    path.write_bytes(data)
+    if size is not None:
+        with path.open("r+b") as file:
+            file.truncate(size)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return path

@@ -17,7 +17,7 @@ from offload.tiers.base import CancelToken
 from offload.tiers.files import LocalStorage
 from offload.tiers.memory import FakeStorage, MemoryReader
 from offload.tiers.nvme import NvmeReader
-from offload.tiers.wrapper import Fault, FaultyStorage, RealClock, ThrottledStorage
+from offload.tiers.wrapper import Fault, FaultyStorage, ThrottledStorage, VirtualClock
 from offload.units import PAGE
 
 A, B = Path("a.gguf"), Path("b.gguf")
@@ -184,21 +184,44 @@ def test_a_programming_error_in_a_worker_reaches_the_waiter(build, slab, content
             reader.read_extent(whole(B, contents), slab.view(0, 3 * PAGE)).wait()
 
 
-def test_cancel_during_a_slow_read(build, slab, contents):
-    faults = [Fault(at=at, kind="delay", seconds=0.4) for at in (1, 2)]
-    storage = FaultyStorage(FakeStorage(contents), faults)
+class HeldStorage(FakeStorage):
+    """Its first `held` reads wait until all of them have begun and `go` is set."""
+
+    def __init__(self, contents, held):
+        super().__init__(contents)
+        self.begun = threading.Barrier(held + 1)
+        self.go = threading.Event()
+        self.reads = 0
+        self._held = held
+        self._lock = threading.Lock()
+
+    def open(self, path):
+        file = super().open(path)
+        read_into = file.read_into
+
+        def held(destination, offset):
+            with self._lock:
+                self.reads += 1
+                waits = self.reads <= self._held
+            if waits:
+                self.begun.wait()
+                self.go.wait()
+            return read_into(destination, offset)
+
+        file.read_into = held
+        return file
+
+
+def test_cancel_ends_the_wait_and_not_the_reads_that_have_begun(build, slab, contents):
+    storage = HeldStorage(contents, WORKERS)
     reader, token = build(storage), CancelToken()
     handle = reader.read_extent(whole(A, contents), slab.view(0, 10 * PAGE))
-    while storage.reads < WORKERS:
-        time.sleep(0.001)
-    timer = threading.Timer(0.05, token.cancel)
-    timer.start()
-    start_s = time.monotonic()
+    storage.begun.wait()
+    threading.Timer(0.05, token.cancel).start()
     with pytest.raises(Cancelled):
-        handle.wait(token)
-    assert time.monotonic() - start_s < 0.05 + 0.1
-    timer.join()
+        handle.wait(token)  # the reads cannot end: only the token ends this
     assert not handle.done() and reader.cancel_pending() == 3
+    storage.go.set()
     reader.drain()
     assert handle.done() and isinstance(handle.error, Cancelled)
     assert storage.reads == WORKERS
@@ -242,24 +265,32 @@ def test_reads_start_in_order_and_are_reported(build, slab, contents):
     assert moments == sorted(moments)
 
 
-def test_workers_read_at_the_same_time_and_busy_time_counts_once(build, slab, contents):
-    storage = FaultyStorage(FakeStorage(contents), [Fault(at=at, kind="delay", seconds=0.2) for at in (1, 2)])
+@pytest.fixture
+def clock(monkeypatch):
+    clock = VirtualClock()
+    monkeypatch.setattr("offload.tiers.nvme.perf_counter", clock.now)
+    return clock
+
+
+def test_workers_read_at_the_same_time_and_busy_time_counts_once(build, slab, contents, clock):
+    storage = HeldStorage(contents, WORKERS)
     reader = build(storage)
-    start_s = time.perf_counter()
-    reader.read_extent(whole(B, contents), slab.view(0, 3 * PAGE)).wait()
-    elapsed_s = time.perf_counter() - start_s
+    handle = reader.read_extent(whole(B, contents), slab.view(0, 3 * PAGE))
+    storage.begun.wait()
+    clock.sleep_until(2.0)
+    storage.go.set()
+    handle.wait()
     reader.drain()
-    assert elapsed_s < 0.35
-    assert 0.2 <= reader.statistics().busy_s < 0.35
+    assert reader.statistics().busy_s == 2.0
 
 
-def test_a_link_of_known_speed_is_measured_at_that_speed(build, slab, contents):
-    storage = ThrottledStorage(FakeStorage(contents), 40 * PAGE / 0.2, 0.0, RealClock())
-    reader = build(storage)
+def test_a_link_of_known_speed_is_measured_at_that_speed(build, slab, contents, clock):
+    reader = build(ThrottledStorage(FakeStorage(contents), 5 * PAGE, 0.0, clock))
     for _ in range(4):
-        reader.read_extent(whole(A, contents), slab.view(0, 10 * PAGE)).wait()
-    reader.drain()
-    assert reader.statistics().bandwidth_bps == pytest.approx(40 * PAGE / 0.2, rel=0.15)
+        reader.read_extent(whole(B, contents), slab.view(0, 3 * PAGE)).wait()
+        reader.drain()
+        clock.sleep_until(clock.now() + 1)  # idle time is not the link's
+    assert reader.statistics().bandwidth_bps == pytest.approx(5 * PAGE)
 
 
 def test_a_file_that_cannot_be_opened_closes_the_others(tmp_path, contents):

@@ -41,7 +41,7 @@ def test_a_real_clock_sleeps():
     start_s = clock.now()
     clock.sleep_until(start_s + 0.02)
     clock.sleep_until(start_s)
-    assert 0.02 <= clock.now() - start_s < 0.5
+    assert clock.now() - start_s >= 0.02
 
 
 def test_truncation_stays_and_spares_other_reads(storage):

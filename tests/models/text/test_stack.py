@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support.headers import STRING, U32, Gguf, array, key
+from support.headers import STRING, U32, Gguf, array, key, tokenizer_keys
 
 from offload.errors import UnsupportedError, UsageError
 from offload.models.text.pieces import byte_of_character
@@ -30,11 +30,7 @@ def bpe(folder: Path, pre: str) -> Path:
     """A vocabulary of single bytes."""
     tokens = ["<s>", "</s>", *byte_of_character()]
     keys = (
-        key("general.architecture", STRING, "llama"),
-        key("llama.context_length", U32, 128),
-        key("llama.embedding_length", U32, 64),
-        key("llama.block_count", U32, 1),
-        key("tokenizer.ggml.model", STRING, "gpt2"),
+        *tokenizer_keys("gpt2"),
         key("tokenizer.ggml.pre", STRING, pre),
         array("tokenizer.ggml.tokens", STRING, tokens),
         array("tokenizer.ggml.merges", STRING, ["a b"]),

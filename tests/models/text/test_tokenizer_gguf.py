@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.headers import F32, I32, STRING, U32, Gguf, array, key
+from support.headers import F32, I32, STRING, U32, Gguf, array, key, tokenizer_keys
 
 from offload.errors import CheckpointError, ClosedError, ContextError, UnsupportedError
 from offload.models.checkpoint import open_checkpoint
@@ -169,11 +169,7 @@ def test_other_kinds_are_not_supported(tmp_path: Any) -> None:
 def test_the_name_of_an_empty_token_counts_against_a_limit(tmp_path: Path) -> None:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), ""]
     keys = (
-        key("general.architecture", STRING, "llama"),
-        key("llama.context_length", U32, 128),
-        key("llama.embedding_length", U32, 64),
-        key("llama.block_count", U32, 1),
-        key("tokenizer.ggml.model", STRING, "llama"),
+        *tokenizer_keys("llama"),
         array("tokenizer.ggml.tokens", STRING, tokens),
         array("tokenizer.ggml.scores", F32, [0.0] * 260),
         array("tokenizer.ggml.token_type", I32, [2, 3, 3, *[6] * 256, 4]),  # the empty one is user-defined
