@@ -89,9 +89,10 @@ class Decoder:
 
     def step(self, token: int, cancel: CancelToken) -> Floats:
         """Logits [vocab_size] after one more token."""
-        start = perf_counter()
-        self._runner.lend(len(self._kv) + 1, cancel)
-        self._runner.telemetry.pass_s += perf_counter() - start
+        start, telemetry = perf_counter(), self._runner.telemetry
+        if self._runner.lend(len(self._kv) + 1, cancel):
+            telemetry.waited("weights on loan", start, perf_counter())
+        telemetry.pass_s += perf_counter() - start
         self._forward([token], [MicroBatch(len(self._kv), 1, (0,))], cancel)
         row: Floats = self._runner.backend.logits(0)[0]
         return row

@@ -8,14 +8,12 @@ computed never depends on it. Driver thread only.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from time import perf_counter
 from typing import NamedTuple
 
 from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS
 from offload.plan import Plan
 from offload.residency import Residency
-from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Reader
 from offload.tiers.heap import trim_heap
 from offload.tiers.ram import HUGE_PAGE, Slab
@@ -86,10 +84,9 @@ class Lending:
     """
 
     def __init__(
-        self, plan: Plan, idle: IdleMemory, slab: Slab, residency: Residency, reader: Reader, telemetry: Telemetry,
+        self, plan: Plan, idle: IdleMemory, slab: Slab, residency: Residency, reader: Reader,
         moved: Callable[[frozenset[BlockKey]], None],
     ) -> None:  # fmt: skip
-        self._telemetry = telemetry
         self._plan = plan
         self._cache = idle.cache
         self._release_prompt = idle.release_prompt
@@ -124,23 +121,27 @@ class Lending:
         self._cache.resize(positions)
         self._use = use
 
-    def lend(self, positions: int, cancel: CancelToken | None = None) -> None:
+    def lend(self, positions: int, cancel: CancelToken | None = None) -> bool:
         """Before passes of a few tokens that fill the cache up to `positions`: lends all that is idle.
+
+        Returns whether that meant to wait for blocks.
 
         Raises:
             StorageError: a block could not be read. Cancelled: it was not waited for. AllocationError: no memory.
         """
         self.make_room(positions, 1)
         if self._is_settled:
-            return
+            return False
         if self._prompt_held:
             self._release_prompt()
             trim_heap()
             self._prompt_held = False
         allowed = self._plan.on_loan(positions)
-        if allowed > self._count:
+        waits = allowed > self._count
+        if waits:
             self._pin(allowed, cancel)
         self._is_settled = True
+        return waits
 
     def _take_back(self, count: int) -> None:
         self._residency.unpin(self._plan.borrowers[count : self._count])
@@ -150,7 +151,6 @@ class Lending:
 
     def _pin(self, count: int, cancel: CancelToken | None) -> None:
         blocks, start = self._plan.borrowers[self._count : count], self._end(self._count)
-        asked = perf_counter()
         self._stream_all_but(count)
         try:
             self._slab.populate(start, self._end(count) - start)
@@ -162,7 +162,6 @@ class Lending:
             self._stream_all_but(self._count)
             self._discard()
             raise
-        self._telemetry.waited("weights on loan", asked, perf_counter())
         self._count = count
         self._residency.read_ahead()
 

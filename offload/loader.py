@@ -54,6 +54,7 @@ class Runner:
         self.backend: Backend = place.backend
         self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry)
         self._lending = self._lend(place.idle, residency)
+        self.lend(1)  # nothing is in use yet; a prompt takes what it needs
 
     @property
     def lent_bytes(self) -> int:
@@ -65,10 +66,9 @@ class Runner:
         if self._lending is not None:
             self._lending.make_room(positions, pass_tokens)
 
-    def lend(self, positions: int, cancel: CancelToken | None = None) -> None:
+    def lend(self, positions: int, cancel: CancelToken | None = None) -> bool:
         """See `Lending.lend`."""
-        if self._lending is not None:
-            self._lending.lend(positions, cancel)
+        return self._lending is not None and self._lending.lend(positions, cancel)
 
     def close(self) -> None:
         """Frees memory, threads and files, in the reverse order of their making. Idempotent."""
@@ -114,7 +114,7 @@ class Runner:
             self.table.release_scratch()
 
         lent = IdleMemory(idle.cache, release_prompt)
-        return Lending(self.plan, lent, slab, residency, self.reader, self.telemetry, self.scheduler.set_streamed)
+        return Lending(self.plan, lent, slab, residency, self.reader, self.scheduler.set_streamed)
 
     def _on_read(self) -> OnRead | None:
         if self.telemetry.timeline is None:

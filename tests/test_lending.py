@@ -21,7 +21,6 @@ from offload.engine import Engine
 from offload.errors import Cancelled
 from offload.lending import CacheMemory, IdleMemory, Lending, Range
 from offload.plan import LOAN_GRAIN, Demand, Plan, make_plan, minimum_budget
-from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.ram import CAN_DISCARD, Slab
@@ -143,7 +142,7 @@ def make_border() -> Iterator[Border]:
     memory = Slab(8 * PAGE, huge_pages=False, prefault=False)
     cache = CacheMemory(memory, lambda first, last: [Range(first * PAGE, (last - first) * PAGE)], 256)
     idle = IdleMemory(cache, lambda: None)
-    yield plan, recorder, Lending(plan, idle, slab, recorder, recorder, Telemetry(), recorder.moved.append)  # type: ignore[arg-type]
+    yield plan, recorder, Lending(plan, idle, slab, recorder, recorder, recorder.moved.append)  # type: ignore[arg-type]
     slab.close()
     memory.close()
 
@@ -207,6 +206,20 @@ def streaming(demo: Path) -> Iterator[Engine]:
 def whole(demo: Path) -> Iterator[Engine]:
     with offload.load(demo, ctx=2048) as engine:
         yield engine
+
+
+def test_what_is_idle_is_lent_before_the_first_prompt_comes(demo: Path) -> None:
+    with offload.load(demo, ram="minimum", ctx=2048) as engine:
+        runner = engine._runner
+        assert runner.lent_bytes > 0 and not runner.lend(2)
+        engine.generate([2, 3, 4], max_tokens=2, temperature=0)
+        statistics = engine.statistics()
+        assert statistics.wait_s + statistics.compute_s + statistics.other_s == pytest.approx(runner.telemetry.pass_s)
+        before = runner.lent_bytes
+        runner.make_room(2048, 1)
+        assert runner.lent_bytes < before
+        assert runner.lend(2) and not runner.lend(2)
+        assert runner.lent_bytes == before
 
 
 PROMPTS = (12, 900, 20, 250, 1500, 40)

@@ -11,8 +11,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import mmap
+import os
 import sys
-from typing import Final
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import Any, Final
 
 from offload.errors import AllocationError
 from offload.tiers.cgroup import available_memory
@@ -20,7 +23,8 @@ from offload.units import MIB, PAGE, align_up, format_size
 
 HUGE_PAGE: Final = 2 * MIB
 MADV_POPULATE_WRITE: Final = 23  # Linux 5.14; the mmap module does not name it
-PREFAULT_STEP: Final = 128 * MIB  # `madvise` holds the interpreter lock; between steps other threads run
+POPULATE_STEP: Final = 32 * MIB
+POPULATE_THREADS: Final = min(4, os.cpu_count() or 1)  # more would wait for memory
 CAN_DISCARD: Final = hasattr(mmap, "MADV_DONTNEED") and sys.platform.startswith("linux")
 """Whether a range of a mapping can be given back at once; elsewhere the advice is none, or comes without a promise."""
 
@@ -65,11 +69,18 @@ class Slab:
         """
         assert offset % PAGE == nbytes % PAGE == 0 and 0 <= offset <= offset + nbytes <= self.nbytes, (offset, nbytes)
         end = offset + nbytes
-        while offset < end:
-            length = min(PREFAULT_STEP, end - offset)
-            if not self._populate(offset, length):
-                self._all[offset : offset + length : PAGE] = bytes(length // PAGE)
-            offset += length
+        steps = [(start, min(POPULATE_STEP, end - start)) for start in range(offset, end, POPULATE_STEP)]
+        try:
+            if len(steps) < 2:
+                for step in steps:
+                    self._populate(*step)
+                return
+            with ThreadPoolExecutor(POPULATE_THREADS, "offload-populate") as pool:
+                for _ in pool.map(self._populate, *zip(*steps, strict=True)):
+                    pass
+        except OSError as error:  # now that no thread touches it any more
+            self.close()
+            raise self._refused(str(error)) from error
 
     def discard(self, offset: int, nbytes: int) -> None:
         """Gives the pages under a range back at once; it reads as zeros when it is next touched.
@@ -103,19 +114,9 @@ class Slab:
         if self.nbytes > available_memory():
             raise self._refused("the machine or its memory control group has less free")
 
-    def _populate(self, offset: int, length: int) -> bool:
-        """Lets the kernel touch a range; False where this kernel cannot."""
-        if not sys.platform.startswith("linux"):
-            return False
-        assert self._region is not None
-        try:
-            self._region.madvise(MADV_POPULATE_WRITE, self._start + offset, length)
-        except OSError as error:
-            if error.errno == errno.EINVAL:
-                return False
-            self.close()
-            raise self._refused(str(error)) from error
-        return True
+    def _populate(self, offset: int, nbytes: int) -> None:
+        if not _populate_by_kernel(self.address + offset, nbytes):
+            self._all[offset : offset + nbytes : PAGE] = bytes(nbytes // PAGE)
 
     def _advise_huge_pages(self) -> None:
         if self._region is None or not hasattr(mmap, "MADV_HUGEPAGE"):
@@ -133,6 +134,23 @@ class Slab:
             needed_bytes=self.nbytes,
             available_bytes=available,
         )
+
+
+def _populate_by_kernel(address: int, nbytes: int) -> bool:
+    """Lets the kernel touch a range, without the interpreter lock that `mmap.madvise` would hold; False where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    if not _libc().madvise(ctypes.c_void_p(address), ctypes.c_size_t(nbytes), MADV_POPULATE_WRITE):
+        return True
+    number = ctypes.get_errno()
+    if number == errno.EINVAL:
+        return False
+    raise OSError(number, os.strerror(number))
+
+
+@cache
+def _libc() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def _address(region: mmap.mmap) -> int:

@@ -35,7 +35,19 @@ def test_run_gives_text_tokens_and_figures(resident):
 
 
 def test_run_gives_the_same_tokens_from_a_minimal_budget_and_writes_a_trace(resident, tmp_path):
-    arguments = ("-p", "The capital of France is", "-n", "8", "--temp", "0", "--json", "--ram", "minimum")
+    arguments = (
+        "-p",
+        "The capital of France is",
+        "-n",
+        "8",
+        "--temp",
+        "0",
+        "--json",
+        "--ram",
+        "minimum",
+        "--ctx",
+        "256",
+    )
     streamed = json.loads(offload("run", *arguments, "--trace", str(tmp_path / "trace.json")).stdout)
     assert streamed["tokens"] == resident["tokens"]
     assert streamed["io"]["nvme->ram"]["bytes"] > 0

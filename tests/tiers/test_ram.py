@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import mmap
 import sys
 from pathlib import Path
@@ -119,15 +121,20 @@ def test_absurd_sizes_are_refused(nbytes, prefault):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel populates on Linux only")
 def test_a_kernel_that_runs_out_while_touching(monkeypatch):
-    class Refusing(mmap.mmap):
-        def madvise(self, option, *window):
-            if option == ram.MADV_POPULATE_WRITE:
-                raise OSError(12, "Cannot allocate memory")
-            super().madvise(option, *window)
+    class Refusing:
+        def madvise(self, address, nbytes, advice):
+            assert advice == ram.MADV_POPULATE_WRITE
+            ctypes.set_errno(errno.ENOMEM if address.value >= refused_from else 0)
+            return -1 if address.value >= refused_from else 0
 
-    monkeypatch.setattr(ram.mmap, "mmap", Refusing)
+    refused_from = 0
+    monkeypatch.setattr(ram, "_libc", Refusing)
     with pytest.raises(AllocationError, match="Cannot allocate memory"):
         Slab(PAGE)
+    slab = Slab(3 * ram.POPULATE_STEP, prefault=False)
+    refused_from = slab.address + 2 * ram.POPULATE_STEP  # one thread of several
+    with pytest.raises(AllocationError, match="Cannot allocate memory"):
+        slab.populate(0, slab.nbytes)
 
 
 def _huge_bytes_at(address: int) -> int:
