@@ -15,7 +15,7 @@ from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
-MARGIN_BYTES: Final = 48 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
+MARGIN_BYTES: Final = 24 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
 MAX_MICRO_BATCHES: Final = 8
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB

@@ -10,7 +10,7 @@ from typing import Final
 import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, LoadConfig
-from offload.demand import MARGIN_BYTES, make_demand, micro_batch_nbytes
+from offload.demand import make_demand, micro_batch_nbytes
 from offload.elements import element_type
 from offload.errors import BudgetError, UsageError
 from offload.kernels.ggml.backend import GgmlBackend
@@ -24,10 +24,12 @@ from offload.models.text.base import Tokenizer
 from offload.plan import Demand, Plan, make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
+from offload.tiers.heap import trim_heap
 from offload.units import GIB, MIB, align_up, format_size
 
 DEFAULT_CTX: Final = 4096
 _BASE_STEP: Final = 8 * MIB
+_SMALL_PROBE_BYTES: Final = 24 * MIB  # within the least that any model needs
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,8 +137,9 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         opened.model,
         element_type(config.kv_type.upper()),
         opened.threads,
-        PROBE_BYTES if roomy_probe else MARGIN_BYTES // 2,
+        PROBE_BYTES if roomy_probe else _SMALL_PROBE_BYTES,
     )
+    trim_heap()  # what parsing left behind
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
     def demand(budget: int | None, base_bytes: int) -> Demand:
