@@ -17,6 +17,7 @@ from offload.units import MIB, align_up
 DEFAULT_KERNEL_BPS: Final = 12e9
 MARGIN_BYTES: Final = 24 * MIB  # Python's heap, thread stacks, page tables, library pages touched late
 MAX_MICRO_BATCHES: Final = 8
+QUIET_READING: Final = 8  # reading that lasts an eighth of computing no longer takes memory bandwidth that kernels miss
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
 LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
@@ -53,16 +54,17 @@ def is_tied(model: Model) -> bool:
 
 
 def micro_batches_per_pass(
-    micro_batch_bytes: int, budget_bytes: int | None, reading_s: float, computing_s: float
+    micro_batch_bytes: int, budget_bytes: int | None, reading_s: float, computing_s: float, *, lends: bool
 ) -> int:
     """Micro-batches that share one reading of the weights: as many as take longer to compute than the reading does.
 
-    Memory for more would be taken from the weights that stay, or borrow. At most what 5% of the budget holds, at least one.
+    Where their memory holds weights while no prompt is read (`lends`), as many as compute `QUIET_READING` times as long.
+    At most what 5% of the budget holds, or 10% if it is lent; at least one.
     """
     if budget_bytes is None:
         return 1
-    wanted = ceil(reading_s / computing_s)
-    return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // 20 // micro_batch_bytes))
+    wanted = ceil(reading_s * (QUIET_READING if lends else 1) / computing_s)
+    return max(1, min(wanted, MAX_MICRO_BATCHES, budget_bytes // (10 if lends else 20) // micro_batch_bytes))
 
 
 def micro_batch_nbytes(model: Model, ctx: int, tokens: int = MICRO_BATCH_TOKENS) -> int:
@@ -99,7 +101,7 @@ def make_demand(
     compute_s = compute_seconds(model, rates)
     missing = max(0, sum(block.footprint for block in blocks) + kv_bytes + base_bytes - (budget_bytes or 0))
     per_pass = micro_batches_per_pass(
-        per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP
+        per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP, lends=lends
     )
     few = min(FEW_TOKENS, ctx)
     workspace_bytes += micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
