@@ -59,11 +59,15 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockSpec:
-    """A block's size and home. `extent` is None for blocks that are born in memory (KV pages, gradients)."""
+    """A block's size and home. `extent` is None for blocks that are born in memory (KV pages, gradients).
+
+    `columns` are the elements of a row, 0 for what has none.
+    """
 
     key: BlockKey
     nbytes: int
     extent: Extent | None = None
+    columns: int = 0
 
     @cached_property
     def footprint(self) -> int:

@@ -39,7 +39,12 @@ class Rates:
 def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
     """Every matrix as a block, or every part of one, in order of first use."""
     return tuple(
-        BlockSpec(key=BlockKey("weight", stage.layer, name, number), nbytes=part.nbytes, extent=part.extent)
+        BlockSpec(
+            key=BlockKey("weight", stage.layer, name, number),
+            nbytes=part.nbytes,
+            extent=part.extent,
+            columns=part.shape[1],
+        )
         for stage in model.stages
         for name in stage.matrices
         for number, part in enumerate(model.parts[name] if in_parts else (model.matrices[name],))

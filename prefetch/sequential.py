@@ -32,21 +32,27 @@ def streaming_order(blocks: Sequence[BlockSpec], limit: int | None = None) -> li
         limit: leaves out roles with a block whose footprint is larger. Small blocks need a small ring, which matters
             where nearly everything is pinned; large ones are fewer steps.
 
-    Matrices of one role (same name in every layer) are taken together, the role with the most bytes first, and within a
-    role in the golden-ratio order of their layers: every prefix of that sequence is spread almost evenly (Weyl's
-    low-discrepancy sequence), so a partly streamed role loads the disk evenly over the pass. The parts of a matrix follow
-    each other from the last to the first: what stays of one is its head, and what borrows is ascending.
+    Matrices of one role (same name in every layer) are taken together: the role with the shortest rows first, since what
+    is multiplied with a matrix in parts is brought into the kernel's type anew for each part; of those the one with the
+    most bytes. Within a role they come in the golden-ratio order of their layers: every prefix of that sequence is spread
+    almost evenly (Weyl's low-discrepancy sequence), so a partly streamed role loads the disk evenly over the pass. The
+    parts of a matrix follow each other from the last to the first: what stays of one is its head, and what borrows is
+    ascending.
     """
     roles: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for index, block in enumerate(blocks):
         roles[_role(block)][block.key.name].append(index)
     members = {role: [blocks[i] for found in named.values() for i in found] for role, named in roles.items()}
     order: list[int] = []
-    for role in sorted(roles, key=lambda role: (-sum(block.nbytes for block in members[role]), role)):
+    for role in sorted(roles, key=lambda role: _preference(role, members[role])):
         if limit is None or max(block.footprint for block in members[role]) <= limit:
             matrices = list(roles[role].values())
             order += [index for place in spread(len(matrices)) for index in reversed(matrices[place])]
     return order
+
+
+def _preference(role: str, blocks: Sequence[BlockSpec]) -> tuple[int, int, str]:
+    return max(block.columns for block in blocks), -sum(block.nbytes for block in blocks), role
 
 
 def spread(count: int) -> list[int]:

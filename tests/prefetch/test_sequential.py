@@ -11,8 +11,8 @@ from offload.prefetch.sequential import ring_capacity, spread, streaming_order
 from offload.tiers.ring import RingAllocator
 
 
-def block(layer: int, name: str, nbytes: int) -> BlockSpec:
-    return BlockSpec(key=BlockKey("weight", layer, f"blk.{layer}.{name}"), nbytes=nbytes)
+def block(layer: int, name: str, nbytes: int, columns: int = 0) -> BlockSpec:
+    return BlockSpec(key=BlockKey("weight", layer, f"blk.{layer}.{name}"), nbytes=nbytes, columns=columns)
 
 
 @given(st.integers(0, 200))
@@ -33,6 +33,13 @@ def test_the_role_with_the_most_bytes_is_streamed_first_and_whole_before_the_nex
     blocks = [block(layer, name, size) for layer in range(4) for name, size in (("q", 10), ("down", 100), ("up", 60))]
     order = [blocks[i].key.name.split(".")[-1] for i in streaming_order(blocks)]
     assert order == ["down"] * 4 + ["up"] * 4 + ["q"] * 4
+
+
+def test_roles_with_long_rows_are_streamed_last() -> None:
+    shapes = (("q", 10, 8), ("down", 100, 32), ("up", 60, 8))
+    blocks = [block(layer, *shape) for layer in range(4) for shape in shapes]
+    order = [blocks[i].key.name.split(".")[-1] for i in streaming_order(blocks)]
+    assert order == ["up"] * 4 + ["q"] * 4 + ["down"] * 4
 
 
 @given(st.lists(st.lists(st.integers(1, 40), max_size=4), min_size=1, max_size=8), st.floats(0, 2))
