@@ -94,7 +94,7 @@ def main() -> None:
             series.disk_bps.append(measure_disk(weights))
             series.peer.append(measure(options.peer, series, options, options.peer_tokens))
             series.ours.append(measure("offload", series, options, options.tokens))
-            print(f"{limit}, round {number + 1}: {' | '.join(series.row())}", flush=True)
+            print(f"{limit}, medians after round {number + 1}: {' | '.join(series.row())}", flush=True)
         rows.append(series.row())
     body = f"""{options.peer} against offload on `{options.model.name}` ({format_size(weights.stat().st_size)}).
 Tokens per second, medians of {options.rounds} alternating rounds; {options.prompt_tokens} prompt tokens,

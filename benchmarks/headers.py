@@ -34,16 +34,15 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     with TemporaryDirectory() as folder:
-        rows = [("the demo model", opening_s(demo_path()), "opens"), *vocabulary(Path(folder))]
+        rows = [("the demo model", *opening(demo_path())), *vocabulary(Path(folder))]
         small = [
-            opening_s(hostile.write(Path(folder), suffix, data))
+            opening(hostile.write(Path(folder), suffix, data))
             for suffix, cases in ((".gguf", hostile.GGUF), (".safetensors", hostile.SAFETENSORS))
             for data, _ in cases.values()
         ]
-        rows.append((f"hostile, small: the slowest of {len(small)}", max(small), "refused"))
-        for name, (suffix, data, size, opens) in hostile.LARGE.items():
-            path = hostile.write(Path(folder), suffix, data, size=size)
-            rows.append((f"hostile: {name}", opening_s(path), "opens" if opens else "refused"))
+        rows.append((f"hostile, small: the slowest of {len(small)}", *max(small)))
+        for name, (suffix, data, size, _) in hostile.LARGE.items():
+            rows.append((f"hostile: {name}", *opening(hostile.write(Path(folder), suffix, data, size=size))))
     lines = [[name, f"{seconds * 1000:.0f} ms", ends] for name, seconds, ends in rows]
     body = f"Each the median of {TRIALS}.\n\n{table(['', 'time', 'ends'], lines)}"
     print(f"{body}\n\n{write('headers', body, folder=options.results)}")
@@ -58,19 +57,24 @@ def vocabulary(folder: Path) -> list[tuple[str, float, str]]:
     path.write_bytes(Gguf(keys=(key("general.architecture", STRING, "llama"), tokens)).build())
     name = f"a vocabulary of {VOCABULARY:,}"
     return [
-        (name, opening_s(path), "opens"),
+        (name, *opening(path)),
         (f"{name}, by the gguf package", median_s(lambda: GGUFReader(path)), "opens"),
     ]
 
 
-def opening_s(path: Path) -> float:
+def opening(path: Path) -> tuple[float, str]:
+    """Seconds, and how it ended."""
+    ends = ""
+
     def attempt() -> None:
+        nonlocal ends
         try:
             open_checkpoint(path)
+            ends = "opens"
         except CheckpointError:
-            pass
+            ends = "refused"
 
-    return median_s(attempt)
+    return median_s(attempt), ends
 
 
 def median_s(action: Callable[[], object]) -> float:
