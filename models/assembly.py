@@ -7,14 +7,16 @@ GGUF's names and no architecture.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Literal
 
 from offload.elements import INTEGER_OR_DOUBLE
 from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation, Attention, Rope
-from offload.models.base import Model, ModelConfig, Stage, Vector
+from offload.models.base import ExpertLayer, Model, ModelConfig, Stage, Vector
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.hyperparameters import Shape
-from offload.models.layers import AttentionStage, FeedForwardStage, HeadPart, Norm, Projection
+from offload.models.layers import AttentionStage, FeedForward, FeedForwardStage, HeadPart, Norm, Projection
 from offload.models.parts import head_parts, movable_parts
 
 
@@ -37,11 +39,12 @@ class Assembly:
         self._tensors: dict[str, TensorInfo] = {}
         self._matrices: dict[str, TensorInfo] = {}
         self._vectors: dict[str, Vector] = {}
+        self._experts: dict[int, ExpertLayer] = {}
         self._stages: list[Stage] = []
         for name, tensor in checkpoint.tensors.items():
             canonical = name if checkpoint.format == "gguf" else rename(name)
             if canonical in self._tensors:
-                raise self._error(canonical, f"is stored twice, as {self._tensors[canonical].name} and {name}")
+                raise self.error(canonical, f"is stored twice, as {self._tensors[canonical].name} and {name}")
             self._tensors[canonical] = tensor
 
     def __contains__(self, name: str) -> bool:
@@ -57,11 +60,16 @@ class Assembly:
         softcap: float | None = None,
         scale_query_first: bool = False,
         qkv_bias: bool = False,
-        qk_norm: bool = False,
+        qk_norm: Literal["heads", "whole"] | None = None,
         post_norm: bool = False,
         residual_multiplier: float | None = None,
     ) -> None:
-        """Appends the attention of a layer. `qkv_bias` demands biases; where not demanded they are used if present."""
+        """Appends the attention of a layer.
+
+        Args:
+            qkv_bias: demands biases; where not demanded they are used if present.
+            qk_norm: query and key are normed, each head by itself or all at once.
+        """
         shape, prefix = self.shape, f"blk.{layer}."
         stage = AttentionStage(
             name=f"{prefix}attention",
@@ -71,11 +79,12 @@ class Assembly:
             head_dim=shape.head_dim,
             norm=self.norm(f"{prefix}attn_norm.weight"),
             qkv=self._qkv(prefix, qkv_bias),
-            output=self._projection(f"{prefix}attn_output", shape.hidden_size, shape.num_heads * shape.head_dim),
+            output=self.projection(f"{prefix}attn_output", shape.hidden_size, shape.num_heads * shape.head_dim),
             attention=Attention(layer=layer, scale=1.0 if scale_query_first else scale, window=window, softcap=softcap),
             rope=rope,
-            query_norm=self.norm(f"{prefix}attn_q_norm.weight", shape.head_dim) if qk_norm else None,
-            key_norm=self.norm(f"{prefix}attn_k_norm.weight", shape.head_dim) if qk_norm else None,
+            query_norm=self._head_norm(f"{prefix}attn_q_norm.weight", shape.num_heads, qk_norm),
+            key_norm=self._head_norm(f"{prefix}attn_k_norm.weight", shape.num_kv_heads, qk_norm),
+            norms_whole=qk_norm == "whole",
             query_scale=scale if scale_query_first else None,
             post_norm=self.norm(f"{prefix}post_attention_norm.weight") if post_norm else None,
             residual_multiplier=residual_multiplier,
@@ -89,28 +98,39 @@ class Assembly:
         *,
         activation: Activation = "silu",
         fused: bool = False,
+        norm: str = "ffn_norm",
         post_norm: bool = False,
         residual_multiplier: float | None = None,
     ) -> None:
         """Appends the feed-forward of a layer. `fused`: gate and up are the rows of `ffn_up`, in this order."""
-        prefix, hidden, width = f"blk.{layer}.", self.shape.hidden_size, self.shape.intermediate_size
-        gate_up = (
-            (self._projection(f"{prefix}ffn_up", 2 * width, hidden),)
-            if fused
-            else tuple(self._projection(f"{prefix}{name}", width, hidden) for name in ("ffn_gate", "ffn_up"))
-        )
+        prefix, width = f"blk.{layer}.", self.shape.intermediate_size
         stage = FeedForwardStage(
             name=f"{prefix}feed_forward",
             layer=layer,
-            intermediate_size=width,
-            norm=self.norm(f"{prefix}ffn_norm.weight"),
-            gate_up=gate_up,
-            down=self._projection(f"{prefix}ffn_down", hidden, width),
-            activation=activation,
+            norm=self.norm(f"{prefix}{norm}.weight"),
+            inner=self.gated(prefix, width, activation, fused=fused),
             post_norm=self.norm(f"{prefix}post_ffw_norm.weight") if post_norm else None,
             residual_multiplier=residual_multiplier,
         )
         self._stages.append(stage)
+
+    def gated(
+        self, prefix: str, width: int, activation: Activation, *, suffix: str = "", fused: bool = False
+    ) -> FeedForward:
+        """The gated feed-forward whose matrices are `{prefix}ffn_gate{suffix}` and so on."""
+        hidden = self.shape.hidden_size
+        gate_up = (
+            (self.projection(f"{prefix}ffn_up{suffix}", 2 * width, hidden),)
+            if fused
+            else tuple(self.projection(f"{prefix}{name}{suffix}", width, hidden) for name in ("ffn_gate", "ffn_up"))
+        )
+        down = self.projection(f"{prefix}ffn_down{suffix}", hidden, width)
+        return FeedForward(intermediate_size=width, gate_up=gate_up, down=down, activation=activation)
+
+    def mixture(self, experts: ExpertLayer, *stages: Stage) -> None:
+        """Appends the two stages of a layer with experts; see `models.expert_assembly`."""
+        self._experts[experts.layer] = experts
+        self._stages += stages
 
     def finish(
         self,
@@ -123,13 +143,13 @@ class Assembly:
     ) -> Model:
         """Appends the head and closes the model. `tied`: the head's matrix is the token table."""
         shape = self.shape
-        embedding = self._tensor("token_embd.weight", 2)
+        embedding = self.tensor("token_embd.weight", 2)
         vocab_size = shape.vocab_size or embedding.shape[0]
-        self._check(embedding, "token_embd.weight", (vocab_size, shape.hidden_size))
+        self.check(embedding, "token_embd.weight", (vocab_size, shape.hidden_size))
         if "output.bias" in self:
             raise UnsupportedError(f"{self.checkpoint.path}: output.bias: a head with a bias is not supported")
-        head = embedding if tied else self._tensor("output.weight", 2)
-        self._check(head, "output.weight", (vocab_size, shape.hidden_size))
+        head = embedding if tied else self.tensor("output.weight", 2)
+        self.check(head, "output.weight", (vocab_size, shape.hidden_size))
         parts = head_parts(head)
         norm = self.norm("output_norm.weight")
         for index, (name, part) in enumerate(parts.items()):
@@ -158,6 +178,7 @@ class Assembly:
             vectors=self._vectors,
             embedding=embedding,
             head_parts=len(parts),
+            experts=self._experts,
         )
 
     def norm(self, name: str, length: int | None = None) -> Norm:
@@ -165,10 +186,15 @@ class Assembly:
         self.vector(name, self.shape.hidden_size if length is None else length, self._norm_offset)
         return Norm(name, self.shape.eps)
 
+    def _head_norm(self, name: str, num_heads: int, kind: Literal["heads", "whole"] | None) -> Norm | None:
+        if kind is None:
+            return None
+        return self.norm(name, self.shape.head_dim * (num_heads if kind == "whole" else 1))
+
     def vector(self, name: str, length: int, offset: float = 0.0) -> str:
         """Registers a stored vector and returns its name."""
-        tensor = self._tensor(name, 1)
-        self._check(tensor, name, (length,))
+        tensor = self.tensor(name, 1)
+        self.check(tensor, name, (length,))
         if tensor.element.is_quantized:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: a vector of type {tensor.element} is not supported"
@@ -190,33 +216,46 @@ class Assembly:
         if f"{prefix}attn_qkv.weight" in self:
             if f"{prefix}attn_q.bias" in self:
                 raise UnsupportedError(f"{self.checkpoint.path}: {prefix}attn_q.bias beside a fused attn_qkv.weight")
-            return (self._projection(f"{prefix}attn_qkv", query + 2 * key, hidden, bias),)
+            return (self.projection(f"{prefix}attn_qkv", query + 2 * key, hidden, bias),)
         rows = {"attn_q": query, "attn_k": key, "attn_v": key}
-        return tuple(self._projection(prefix + name, size, hidden, bias) for name, size in rows.items())
+        return tuple(self.projection(prefix + name, size, hidden, bias) for name, size in rows.items())
 
-    def _projection(self, name: str, rows: int, columns: int, bias: bool = False) -> Projection:
+    def projection(self, name: str, rows: int, columns: int, bias: bool = False) -> Projection:
+        """Registers the matrix `{name}.weight`, and `{name}.bias` where it is demanded or there."""
         weight, bias_name = f"{name}.weight", f"{name}.bias"
-        tensor = self._tensor(weight, 2)
-        self._check(tensor, weight, (rows, columns))
+        tensor = self.tensor(weight, 2)
+        self.check(tensor, weight, (rows, columns))
         self._matrices[weight] = tensor
         return Projection(weight, self.vector(bias_name, rows) if bias or bias_name in self else None)
 
-    def _tensor(self, name: str, rank: int) -> TensorInfo:
+    def single_row(self, name: str) -> str:
+        """Registers a matrix of one row, which a file may store as a vector, and returns its name."""
+        rank = len(self._tensors[name].shape) if name in self else 2
+        tensor = self.tensor(name, min(rank, 2))
+        shape = (1, self.shape.hidden_size)
+        self.check(tensor, name, shape[-rank:])
+        self._matrices[name] = replace(tensor, shape=shape)
+        return name
+
+    def tensor(self, name: str, rank: int) -> TensorInfo:
+        """The stored tensor `name`, which must have `rank` dimensions."""
         tensor = self._tensors.get(name)
         if tensor is None:
-            raise self._error(name, f"is missing; {self.checkpoint.architecture} needs it")
+            raise self.error(name, f"is missing; {self.checkpoint.architecture} needs it")
         if tensor.element.name in INTEGER_OR_DOUBLE:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: weights of type {tensor.element} are not supported"
             )
         if len(tensor.shape) != rank:
-            raise self._error(name, f"has shape {tensor.shape}; expected {rank} dimension{'s' * (rank > 1)}")
+            raise self.error(name, f"has shape {tensor.shape}; expected {rank} dimension{'s' * (rank > 1)}")
         return tensor
 
-    def _check(self, tensor: TensorInfo, name: str, shape: tuple[int, ...]) -> None:
+    def check(self, tensor: TensorInfo, name: str, shape: tuple[int, ...]) -> None:
+        """Raises CheckpointError where the tensor has another shape."""
         if tensor.shape != shape:
-            raise self._error(name, f"has shape {tensor.shape}; the model's sizes demand {shape}")
+            raise self.error(name, f"has shape {tensor.shape}; the model's sizes demand {shape}")
 
-    def _error(self, name: str, problem: str) -> CheckpointError:
+    def error(self, name: str, problem: str) -> CheckpointError:
+        """What to raise about a tensor."""
         path = str(self.checkpoint.path)
         return CheckpointError(f"{path}: tensor {name} {problem}", path=path, tensor=name)

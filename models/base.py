@@ -4,6 +4,7 @@ A `Model` is a description. It holds no weights and runs nothing: the scheduler 
 where its matrices are, and a backend interprets the `Ops` calls of `Stage.forward`.
 
     matrices   large, stored as in the checkpoint, moved between tiers          name -> TensorInfo
+    experts    feed-forwards of which a token needs a few, moved one by one     layer -> ExpertLayer
     vectors    norms, biases, rope factors: tiny, float32, always resident      name -> Vector
 
 Names are GGUF's (`blk.3.ffn_down.weight`), whatever the checkpoint calls them.
@@ -12,10 +13,10 @@ Names are GGUF's (`blk.3.ffn_down.weight`), whatever the checkpoint calls them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
-from offload.kernels.ops import Ops, T
+from offload.kernels.ops import Activation, Ops, T
 from offload.models.checkpoint.base import TensorInfo
 
 
@@ -32,9 +33,10 @@ class Stage(Protocol):
     """A piece of the forward pass between two points where weights may have to arrive.
 
     Attributes:
-        name: `blk.3.attention`, `blk.3.feed_forward`, `head.0`.
+        name: `blk.3.attention`, `blk.3.feed_forward`, `blk.3.router`, `blk.3.mix`, `head.0`.
         layer: index of the layer, -1 for the head.
         matrices: names of the matrices that `forward` uses, in order of use.
+        routes, mixes: whether `forward` ends by choosing experts of its layer, or begins by needing what they returned.
     """
 
     @property
@@ -46,14 +48,42 @@ class Stage(Protocol):
     @property
     def matrices(self) -> tuple[str, ...]: ...
 
+    @property
+    def routes(self) -> bool: ...
+
+    @property
+    def mixes(self) -> bool: ...
+
     def forward(self, ops: Ops[T], x: T) -> T:
         """Hidden states [num_tokens, hidden_size] in and out; a head stage returns its slice of the logits."""
         ...
 
 
+class ExpertMatrices(NamedTuple):
+    """The three matrices of one expert, or what else there is one of for each: [out_features, in_features] each."""
+
+    gate: TensorInfo
+    up: TensorInfo
+    down: TensorInfo
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertLayer:
+    """The experts of a layer: gated feed-forwards of one shape, of which the router chooses a few for each token.
+
+    Attributes:
+        experts: the matrices of each. num_used: how many a token needs.
+    """
+
+    layer: int
+    num_used: int
+    activation: Activation
+    experts: tuple[ExpertMatrices, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """Shape of a dense decoder, in the terms of Hugging Face's config.json.
+    """Shape of a decoder, in the terms of Hugging Face's config.json.
 
     `sliding_windows[layer]` is the attention window of that layer or None; `embedding_scale` multiplies the looked-up rows.
     """
@@ -76,8 +106,10 @@ class Model:
     """A checkpoint seen as something to run.
 
     Attributes:
-        stages: attention and feed-forward of every layer in order, then the head in one or more parts by rows.
+        stages: attention and feed-forward of every layer in order, then the head in one or more parts by rows. With
+            experts, a feed-forward is two stages: one that chooses them, and one that mixes what they return.
         parts: every matrix as the ranges of rows that move at once, at least one; see `models.parts`.
+        experts: by layer, where there are any.
         embedding: the token table, read row by row and dequantized outside of the graph.
         head_parts: number of trailing stages that form the head; their outputs, concatenated, are the logits.
     """
@@ -89,8 +121,13 @@ class Model:
     vectors: Mapping[str, Vector]
     embedding: TensorInfo
     head_parts: int
+    experts: Mapping[int, ExpertLayer] = field(default_factory=dict)
+
+    def all_matrices(self) -> list[TensorInfo]:
+        """The matrices, and those of one expert of each layer."""
+        return [*self.matrices.values(), *(matrix for layer in self.experts.values() for matrix in layer.experts[0])]
 
     @property
     def first_output_stage(self) -> int:
         """Index of the last layer's feed-forward: from here on, only rows whose logits are wanted are computed."""
-        return len(self.stages) - self.head_parts - 1
+        return len(self.stages) - self.head_parts - (2 if self.config.num_layers - 1 in self.experts else 1)

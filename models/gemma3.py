@@ -52,7 +52,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
             softcap=settings.optional_number("attn_logit_softcapping"),
             scale_query_first=True,
             qkv_bias=settings.attention_bias,
-            qk_norm=True,
+            qk_norm="heads",
             post_norm=True,
         )
         parts.feed_forward(layer, activation=settings.activation("gelu_tanh"), post_norm=True)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Final, TypeGuard
 
 from offload.errors import CheckpointError, UnsupportedError
-from offload.kernels.ops import Activation
+from offload.kernels.ops import Activation, Routing, Scoring
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.checkpoint.reader import is_name, quote
 
@@ -21,17 +21,27 @@ GGUF_KEYS: Final = {
     "attn_logit_softcapping": "attn_logit_softcapping",
     "embedding_multiplier": "embedding_scale",
     "final_logit_softcapping": "final_logit_softcapping",
+    "first_k_dense_replace": "leading_dense_block_count",
     "head_dim": "attention.key_length",
     "hidden_size": "embedding_length",
     "intermediate_size": "feed_forward_length",
     "logits_scaling": "logit_scale",
     "max_position_embeddings": "context_length",
+    "moe_intermediate_size": "expert_feed_forward_length",
+    "n_group": "expert_group_count",
+    "n_shared_experts": "expert_shared_count",
+    "norm_topk_prob": "expert_weights_norm",
     "num_attention_heads": "attention.head_count",
+    "num_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
     "num_hidden_layers": "block_count",
     "num_key_value_heads": "attention.head_count_kv",
     "residual_multiplier": "residual_scale",
     "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "routed_scaling_factor": "expert_weights_scale",
+    "shared_expert_intermediate_size": "expert_shared_feed_forward_length",
     "sliding_window": "attention.sliding_window",
+    "topk_group": "expert_group_used_count",
 }
 _ACTIVATIONS: Final[dict[str, Activation]] = {
     "silu": "silu",
@@ -39,6 +49,8 @@ _ACTIVATIONS: Final[dict[str, Activation]] = {
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
+_EXPERT_COUNTS: Final = ("num_experts", "num_local_experts", "n_routed_experts")  # as families spell it
+_GATING: Final[dict[int, Scoring]] = {1: "softmax", 2: "sigmoid", 3: "softmax_of_chosen"}  # llama.cpp's numbers
 _LARGEST_COUNT: Final = 2**31 - 1
 _SMALLEST: Final = 1e-30
 _LARGEST: Final = 1e30
@@ -180,11 +192,11 @@ def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object]) -> Setti
     """The settings of a checkpoint; `defaults` stand in for absent keys of a config.json, never for those of a GGUF.
 
     Raises:
-        UnsupportedError: the weights are quantized in a scheme of their own, or the model is a mixture of experts.
+        UnsupportedError: the weights are quantized in a scheme of their own, or there are experts where none belong.
     """
     if checkpoint.format == "gguf":
         settings = Settings(checkpoint.path, checkpoint.metadata, f"{checkpoint.architecture}.")
-        if settings.get("expert_count"):
+        if settings.get("num_experts") and "num_experts_per_tok" not in defaults:
             raise UnsupportedError(f"{checkpoint.path}: {checkpoint.architecture} with experts is not supported")
         return settings
     config = Settings(checkpoint.path, checkpoint.metadata)
@@ -251,6 +263,69 @@ class Shape:
         return ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MixtureShape:
+    """The sizes of layers with experts: how many there are, how many a token uses, and how wide each is."""
+
+    num_experts: int
+    num_used: int
+    width: int
+
+    @classmethod
+    def read(cls, settings: Settings, width: int | None = None) -> MixtureShape:
+        """Reads and checks the sizes.
+
+        Args:
+            width: where the family's experts have the width of its dense layers.
+
+        Raises:
+            CheckpointError: a size is missing, not positive, or contradicts another.
+        """
+        key = next((key for key in _EXPERT_COUNTS if settings.get(key) is not None), _EXPERT_COUNTS[0])
+        num_experts, num_used = settings.count(key), settings.count("num_experts_per_tok")
+        if num_used > num_experts:
+            message = f"{settings.path}: a token cannot use {num_used} of {num_experts} experts"
+            raise CheckpointError(message, path=str(settings.path))
+        width = settings.count("moe_intermediate_size") if width is None else width
+        return cls(num_experts=num_experts, num_used=num_used, width=width)
+
+
+def grouped_routing(
+    settings: Settings, layer: int, sizes: MixtureShape, *, scoring: Scoring, selection_bias: str | None
+) -> Routing:
+    """Routing by groups, as DeepSeek's family describes it; `scoring` where the file does not say.
+
+    Raises:
+        CheckpointError: groups that cannot be equal, or too few experts in those that are used.
+    """
+    kind = settings.optional_count("expert_gating_func") if settings.is_gguf else None
+    groups, used = settings.optional_count("n_group") or 1, settings.optional_count("topk_group") or 1
+    if sizes.num_experts % groups or not used <= groups or used * (sizes.num_experts // groups) < sizes.num_used:
+        raise CheckpointError(
+            f"{settings.path}: {sizes.num_experts} experts in {groups} groups, of which {used} are used, "
+            f"cannot give {sizes.num_used}",
+            path=str(settings.path),
+        )
+    return Routing(
+        layer=layer,
+        router="ffn_gate_inp",
+        num_experts=sizes.num_experts,
+        num_used=sizes.num_used,
+        scoring=scoring if kind is None else _gating(settings, kind),
+        selection_bias=selection_bias,
+        num_groups=groups,
+        groups_used=used,
+        normalise=settings.flag("norm_topk_prob", False),
+        scale=settings.optional_number("routed_scaling_factor") or 1.0,
+    )
+
+
+def _gating(settings: Settings, kind: int) -> Scoring:
+    if kind not in _GATING:
+        raise UnsupportedError(f"{settings.path}: expert_gating_func {kind} is not supported")
+    return _GATING[kind]
+
+
 def sliding_windows(
     settings: Settings, num_layers: int, window: int | None, is_sliding: Sequence[bool]
 ) -> tuple[int | None, ...]:
@@ -272,6 +347,15 @@ def pattern(settings: Settings, num_layers: int, period: int) -> list[bool]:
         return [bool(flag) for flag in settings.sequence(key, num_layers) or ()]
     period = settings.count(key, period)
     return [(layer + 1) % period != 0 for layer in range(num_layers)]
+
+
+def is_sparse(settings: Settings, layer: int) -> bool:
+    """Whether a layer of Qwen's has experts: a config.json may leave some out."""
+    if settings.is_gguf:
+        return True
+    dense = settings.get("mlp_only_layers")
+    is_dense = isinstance(dense, Sequence) and not isinstance(dense, str) and layer in dense
+    return not is_dense and (layer + 1) % settings.count("decoder_sparse_step") == 0
 
 
 def upper_windows(settings: Settings, num_layers: int) -> tuple[int | None, ...]:

@@ -1,4 +1,4 @@
-"""The stages that every dense decoder is made of, configured by fields; `forward` reads in the order the data flows.
+"""The stages that decoders are made of, configured by fields; `forward` reads in the order the data flows.
 
 The order of operations is llama.cpp's, so that the same kernels give the same bits. Nothing here knows where weights come
 from or how an operation is computed.
@@ -7,7 +7,7 @@ from or how an operation is computed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from offload.kernels.ops import Activation, Attention, Ops, Rope, T
 
@@ -34,13 +34,21 @@ class Norm(NamedTuple):
         return ops.rms_norm(x, self.weight, self.eps)
 
 
+class DenseStage:
+    """A stage that has nothing to do with experts."""
+
+    __slots__ = ()
+    routes: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionStage:
+class AttentionStage(DenseStage):
     """Self-attention with its residual connection.
 
     Attributes:
         qkv: projections to query, key and value; or a single fused one whose rows are the three in this order.
-        query_norm, key_norm: norms over each head before the rotation.
+        query_norm, key_norm: norms over each head before the rotation; over all heads at once where `norms_whole`.
         rope: None in layers without position embedding.
         query_scale: factor on the rotated query; `attention.scale` is then 1. The same product in another order, kept
             apart because rounding differs.
@@ -61,6 +69,7 @@ class AttentionStage:
     rope: Rope | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None
+    norms_whole: bool = False
     query_scale: float | None = None
     post_norm: Norm | None = None
     residual_multiplier: float | None = None
@@ -74,16 +83,14 @@ class AttentionStage:
     def forward(self, ops: Ops[T], x: T) -> T:
         """[num_tokens, hidden_size] -> the same; [num_outputs, hidden_size] from the last layer."""
         query, key, value = self._heads(ops, self.norm.apply(ops, x))
-        if self.query_norm is not None:
-            query = self.query_norm.apply(ops, query)
-        if self.key_norm is not None:
-            key = self.key_norm.apply(ops, key)
+        if not self.norms_whole:
+            query, key = self._normed(ops, query, key)
         if self.rope is not None:
             query, key = ops.rope(query, self.rope), ops.rope(key, self.rope)
         if self.query_scale is not None:
             query = ops.scale(query, self.query_scale)
         mixed = ops.attention(query, key, value, self.attention)
-        x = _join(ops, x, self.output.apply(ops, mixed), self.post_norm, self.residual_multiplier)
+        x = join(ops, x, self.output.apply(ops, mixed), self.post_norm, self.residual_multiplier)
         return ops.output_rows(x) if self.is_last else x
 
     def _heads(self, ops: Ops[T], x: T) -> tuple[T, T, T]:
@@ -91,47 +98,72 @@ class AttentionStage:
         features = tuple(projection.apply(ops, x) for projection in self.qkv)
         if len(features) == 1:
             features = ops.split(features[0], [size * self.head_dim for size in sizes])
-        query, key, value = (ops.heads(part, size) for part, size in zip(features, sizes, strict=True))
+        query, key, value = features
+        if self.norms_whole:
+            query, key = self._normed(ops, query, key)
+        query, key, value = (ops.heads(part, size) for part, size in zip((query, key, value), sizes, strict=True))
         return query, key, value
+
+    def _normed(self, ops: Ops[T], query: T, key: T) -> tuple[T, T]:
+        query = query if self.query_norm is None else self.query_norm.apply(ops, query)
+        return query, key if self.key_norm is None else self.key_norm.apply(ops, key)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FeedForwardStage:
-    """Gated feed-forward block with its residual connection.
+class FeedForward:
+    """A gated feed-forward block without norm and residual.
 
     Attributes:
         gate_up: projections to gate and up; or a single fused one whose rows are gate, then up.
-        post_norm, residual_multiplier: as in `AttentionStage`.
     """
 
-    name: str
-    layer: int
     intermediate_size: int
-    norm: Norm
     gate_up: tuple[Projection, ...]
     down: Projection
     activation: Activation
-    post_norm: Norm | None = None
-    residual_multiplier: float | None = None
 
     @property
     def matrices(self) -> tuple[str, ...]:
         """Names of the matrices in order of use."""
         return (*(projection.weight for projection in self.gate_up), self.down.weight)
 
-    def forward(self, ops: Ops[T], x: T) -> T:
+    def apply(self, ops: Ops[T], x: T) -> T:
         """[num_tokens, hidden_size] -> the same."""
-        normed = self.norm.apply(ops, x)
-        features = tuple(projection.apply(ops, normed) for projection in self.gate_up)
+        features = tuple(projection.apply(ops, x) for projection in self.gate_up)
         if len(features) == 1:
             features = ops.split(features[0], [self.intermediate_size] * 2)
         gate, up = features
-        hidden = ops.glu(gate, up, self.activation)
-        return _join(ops, x, self.down.apply(ops, hidden), self.post_norm, self.residual_multiplier)
+        return self.down.apply(ops, ops.glu(gate, up, self.activation))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HeadPart:
+class FeedForwardStage(DenseStage):
+    """Gated feed-forward block with its residual connection.
+
+    Attributes:
+        post_norm, residual_multiplier: as in `AttentionStage`.
+    """
+
+    name: str
+    layer: int
+    norm: Norm
+    inner: FeedForward
+    post_norm: Norm | None = None
+    residual_multiplier: float | None = None
+
+    @property
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the matrices in order of use."""
+        return self.inner.matrices
+
+    def forward(self, ops: Ops[T], x: T) -> T:
+        """[num_tokens, hidden_size] -> the same."""
+        update = self.inner.apply(ops, self.norm.apply(ops, x))
+        return join(ops, x, update, self.post_norm, self.residual_multiplier)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeadPart(DenseStage):
     """Logits of a range of the vocabulary. Every part repeats the final norm, which costs nothing beside its matrix."""
 
     name: str
@@ -154,7 +186,8 @@ class HeadPart:
         return logits if self.softcap is None else ops.softcap(logits, self.softcap)
 
 
-def _join(ops: Ops[T], residual: T, update: T, norm: Norm | None, multiplier: float | None) -> T:
+def join(ops: Ops[T], residual: T, update: T, norm: Norm | None = None, multiplier: float | None = None) -> T:
+    """A block's output, normed and scaled where the family does that, added to what went into the block."""
     if norm is not None:
         update = norm.apply(ops, update)
     if multiplier is not None:

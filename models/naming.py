@@ -1,4 +1,4 @@
-"""Hugging Face tensor names in GGUF's terms, as far as dense decoders agree. Families add what they call differently."""
+"""Hugging Face tensor names in GGUF's terms, as far as decoders agree. Families add what they call differently."""
 
 from __future__ import annotations
 
@@ -20,12 +20,36 @@ LAYER_NAMES: Final = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
+EXPERT_LAYER_NAMES: Final = LAYER_NAMES | {
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.shared_expert.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_expert.up_proj": "ffn_up_shexp",
+    "mlp.shared_expert.down_proj": "ffn_down_shexp",
+    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
+    "mlp.shared_experts.gate_proj": "ffn_gate_shexp",
+    "mlp.shared_experts.up_proj": "ffn_up_shexp",
+    "mlp.shared_experts.down_proj": "ffn_down_shexp",
+}
+_EXPERT_ROLES: Final = {
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "w1": "ffn_gate",
+    "w3": "ffn_up",
+    "w2": "ffn_down",
+}
 _OUTER_NAMES: Final = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
 _PATTERN: Final = re.compile(r"(?:model\.|language_model\.)*(?:layers\.([0-9]+)\.)?([a-z_.]+?)\.(weight|bias)")
+_EXPERT: Final = re.compile(
+    r"model\.layers\.([0-9]+)\.(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.([a-z_0-9]+)\.weight"
+)
 
 
 def rename(name: str, layer_names: Mapping[str, str] = LAYER_NAMES) -> str:
     """GGUF's name of a Hugging Face tensor; a name that is not known comes back as it is."""
+    expert = _EXPERT.fullmatch(name)
+    if expert is not None and expert[3] in _EXPERT_ROLES:
+        return f"blk.{expert[1]}.{_EXPERT_ROLES[expert[3]]}.{expert[2]}.weight"
     match = _PATTERN.fullmatch(name)
     if match is None:
         return name

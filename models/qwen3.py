@@ -45,7 +45,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
             scale=inverse_sqrt(shape.head_dim),
             window=windows[layer],
             qkv_bias=settings.attention_bias,
-            qk_norm=True,
+            qk_norm="heads",
         )
         parts.feed_forward(layer, activation=settings.activation("silu"))
     return parts.finish(tied=settings.tied("output.weight" in parts), windows=windows)

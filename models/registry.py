@@ -6,7 +6,23 @@ from collections.abc import Callable, Mapping
 from typing import Final, NamedTuple
 
 from offload.errors import UnsupportedError
-from offload.models import gemma2, gemma3, granite, llama, mistral, phi3, qwen2, qwen3, smollm3
+from offload.models import (
+    gemma2,
+    gemma3,
+    glm4_moe,
+    granite,
+    granitemoe,
+    llama,
+    mistral,
+    mixtral,
+    olmoe,
+    phi3,
+    qwen2,
+    qwen2_moe,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.checkpoint.reader import quote
@@ -24,15 +40,23 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma2": Family(gemma2.build, gemma2.DEFAULTS),
     "gemma3": Family(gemma3.build, gemma3.DEFAULTS),
     "gemma3_text": Family(gemma3.build, gemma3.DEFAULTS),
+    "glm4_moe": Family(glm4_moe.build, glm4_moe.DEFAULTS),
     "granite": Family(granite.build, granite.DEFAULTS),
+    "granitemoe": Family(granitemoe.build, granitemoe.DEFAULTS),
     "llama": Family(llama.build, llama.DEFAULTS),
     "mistral": Family(mistral.build, mistral.DEFAULTS),
+    "mixtral": Family(mixtral.build, mixtral.DEFAULTS),
+    "olmoe": Family(olmoe.build, olmoe.DEFAULTS),
     "phi3": Family(phi3.build, phi3.DEFAULTS),
     "qwen2": Family(qwen2.build, qwen2.DEFAULTS),
+    "qwen2_moe": Family(qwen2_moe.build, qwen2_moe.DEFAULTS),
     "qwen3": Family(qwen3.build, qwen3.DEFAULTS),
+    "qwen3_moe": Family(qwen3_moe.build, qwen3_moe.DEFAULTS),
     "smollm3": Family(smollm3.build, smollm3.DEFAULTS),
 }
-"""By `general.architecture` of a GGUF and `model_type` of a config.json."""
+"""By `model_type` of a config.json, which most often is `general.architecture` of a GGUF too."""
+GGUF_FAMILIES: Final = {"glm4moe": "glm4_moe", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+"""By `general.architecture`, where that is another name."""
 
 
 def build_model(checkpoint: Checkpoint, ctx: int) -> Model:
@@ -56,10 +80,19 @@ def default_context(checkpoint: Checkpoint) -> int:
 
 
 def _family(checkpoint: Checkpoint) -> Family:
-    family = FAMILIES.get(checkpoint.architecture)
+    family = FAMILIES.get(_family_name(checkpoint))
     if family is None:
         known = f"this version runs {', '.join(sorted(FAMILIES))}"
         experts = any("expert" in key for key in (*checkpoint.metadata, *checkpoint.tensors))
         kind = " is a mixture of experts, which is not supported yet" if experts else " is not supported"
         raise UnsupportedError(f"{checkpoint.path}: architecture {quote(checkpoint.architecture)}{kind}; {known}")
     return family
+
+
+def _family_name(checkpoint: Checkpoint) -> str:
+    name = checkpoint.architecture
+    if checkpoint.format != "gguf":
+        return name
+    if name == "llama" and checkpoint.metadata.get("llama.expert_count"):
+        return "mixtral"
+    return GGUF_FAMILIES.get(name, name)

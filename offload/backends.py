@@ -14,11 +14,15 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.config import KV_BUCKET, LoadConfig
 from offload.demand import model_blocks
 from offload.device_stream import DeviceStream
+from offload.expert_bank import BankSpec, ExpertKey, expert_banks
+from offload.expert_cache import ExpertBank, ExpertCache
 from offload.kernels.batch import Backend, Floats
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.lending import CacheMemory, IdleMemory, Range
+from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.plan import Plan
+from offload.prefetch.eviction import LeastRecentlyUsed
 from offload.residency import Residency
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
@@ -53,6 +57,11 @@ class Place(Protocol):
         """What can be lent to weights, after `fill`; None where nothing can."""
         ...
 
+    @property
+    def experts(self) -> ExpertCache | None:
+        """What brings experts, after `fill`; None where there are none, or all are resident."""
+        ...
+
 
 @dataclass(slots=True)
 class _Host:
@@ -72,6 +81,43 @@ class _Host:
         self.stack.callback(stream.close)
         return stream
 
+    def experts(
+        self, model: Model, plan: Plan, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
+        report: Report | None, *, in_pass: bool,
+    ) -> ExpertCache | None:  # fmt: skip
+        """Places the banks of experts and fills them.
+
+        Args:
+            in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
+                nothing to bring, and None comes back.
+        """
+        banks: dict[int, ExpertBank] = {}
+        first: list[ExpertKey] = []
+        for spec, num_slots in zip(expert_banks(model), plan.bank_slots, strict=True):
+            bank = ExpertBank(spec, self.slab(num_slots * spec.stride), num_slots, reader, LeastRecentlyUsed())
+            is_resident = in_pass and num_slots == spec.num_experts
+            before = 0
+            for layer in spec.layers:
+                place = bank.place(layer.layer)
+                if is_resident:
+                    place = place._replace(
+                        address=place.address + before * spec.stride, num_slots=len(layer.experts), is_resident=True
+                    )
+                backend.place_experts(layer.layer, place)
+                before += len(layer.experts)
+                banks[layer.layer] = bank
+            first += _filling_order(spec, in_order=is_resident)
+        cache = ExpertCache(banks, backend, reader, telemetry)
+        cache.fill(first, report)
+        fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
+        return cache if fetched and banks else None
+
+
+def _filling_order(spec: BankSpec, *, in_order: bool) -> list[ExpertKey]:
+    """What a bank is filled with at first: layer by layer where all fit, else the same share of every layer."""
+    keys = [ExpertKey(layer.layer, expert) for layer in spec.layers for expert in range(len(layer.experts))]
+    return keys if in_order else sorted(keys, key=lambda key: (key.expert, key.layer))
+
 
 class HostPlace:
     """ggml on the CPU: computes where the tiers put the bytes."""
@@ -83,6 +129,7 @@ class HostPlace:
         self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
         stack.callback(self.backend.close)
         self._cache: Slab | None = None
+        self.experts: ExpertCache | None = None
 
     def footprint(self) -> Footprint:
         model, ctx = self._opened.model, self._opened.ctx
@@ -111,6 +158,9 @@ class HostPlace:
         pinned = [block for block in blocks if block.key not in plan.streamed]
         if pinned:
             residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
+        self.experts = self._host.experts(
+            self._opened.model, plan, self.backend, reader, telemetry, report, in_pass=True
+        )
         return residency
 
     @property
@@ -143,6 +193,7 @@ class DevicePlace:
         self._tier: DeviceTier | None = None
         self._backend: TorchBackend | None = None
         self._vectors: dict[str, Floats] = {}
+        self.experts: ExpertCache | None = None
 
     @property
     def backend(self) -> Backend:
@@ -186,6 +237,7 @@ class DevicePlace:
             stream = DeviceStream(moving, self._tier, base, plan.device_ring_bytes, pinned, lower)
         if report is not None:
             report(plan.device_pinned_bytes, plan.device_pinned_bytes)
+        self.experts = self._host.experts(opened.model, plan, self._backend, reader, telemetry, report, in_pass=False)
         return Residency(self._backend.place, stream, telemetry)
 
     @property

@@ -9,9 +9,10 @@ from typing import Final
 
 from offload.blocks import BlockKey, BlockSpec
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
+from offload.expert_bank import expert_banks, expert_nbytes
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
-from offload.plan import Demand
+from offload.plan import BankDemand, Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
@@ -48,6 +49,20 @@ def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
         for stage in model.stages
         for name in stage.matrices
         for number, part in enumerate(model.parts[name] if in_parts else (model.matrices[name],))
+    )
+
+
+def model_banks(model: Model) -> tuple[BankDemand, ...]:
+    """What the model's experts need of memory, bank by bank."""
+    return tuple(
+        BankDemand(
+            slot_bytes=bank.stride,
+            expert_bytes=expert_nbytes(bank.layers[0]),
+            num_experts=bank.num_experts,
+            least_slots=bank.least_slots,
+            used=sum(layer.num_used for layer in bank.layers),
+        )
+        for bank in expert_banks(model)
     )
 
 
@@ -104,7 +119,9 @@ def make_demand(
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
     rows = min(MICRO_BATCH_TOKENS, ctx)
     compute_s = compute_seconds(model, rates)
-    missing = max(0, sum(block.footprint for block in blocks) + kv_bytes + base_bytes - (budget_bytes or 0))
+    banks = model_banks(model)
+    everything = sum(block.footprint for block in blocks) + sum(bank.slot_bytes * bank.num_experts for bank in banks)
+    missing = max(0, everything + kv_bytes + base_bytes - (budget_bytes or 0))
     per_pass = micro_batches_per_pass(
         per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP, lends=lends
     )
@@ -124,6 +141,7 @@ def make_demand(
     table = model.embedding
     return Demand(
         blocks=blocks,
+        banks=banks,
         groups=tuple((i,) for i in range(len(blocks))) if in_parts else _stage_groups(model),
         embedding=None if is_tied(model) else BlockSpec(
             key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
@@ -150,9 +168,11 @@ def _stage_groups(model: Model) -> tuple[tuple[int, ...], ...]:
 
 
 def compute_seconds(model: Model, rates: Rates) -> float:
-    """Kernel time of one token at the start of a context: every matrix once, at the rate of its type."""
+    """Kernel time of one token at the start of a context: every matrix once, at the rate of its type, and its experts."""
     default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
-    matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in model.matrices.values())
+    used = [matrix for layer in model.experts.values() for matrix in layer.experts[0] for _ in range(layer.num_used)]
+    needed = [*model.matrices.values(), *used]
+    matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in needed)
     return matrices + model.config.num_layers * LAYER_OVERHEAD_S
 
 

@@ -52,7 +52,7 @@ class Runner:
         self._stack.callback(self.reader.close)
         self._open_table(storage)
         self.backend: Backend = place.backend
-        self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry)
+        self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry, place.experts)
         self._lending = self._lend(place.idle, residency)
         self.lend(1)  # nothing is in use yet; a prompt takes what it needs
 

@@ -29,11 +29,29 @@ RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BankDemand:
+    """Experts of one shape, of which a token needs a few.
+
+    Attributes:
+        slot_bytes: memory that one takes. expert_bytes: that are read for it.
+        num_experts: of all layers. least_slots: without which a token cannot be computed.
+        used: how many a token needs, of all layers.
+    """
+
+    slot_bytes: int
+    expert_bytes: int
+    num_experts: int
+    least_slots: int
+    used: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """What a model at a context length needs before any budget is known.
 
     Attributes:
         blocks: every matrix, in order of first use in a pass.
+        banks: what there is of experts, which are no blocks of a cycle.
         groups: indices into `blocks` of those that have to be in memory together, in order of use.
         embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
@@ -47,6 +65,7 @@ class Demand:
     """
 
     blocks: tuple[BlockSpec, ...]
+    banks: tuple[BankDemand, ...] = ()
     groups: tuple[tuple[int, ...], ...]
     embedding: BlockSpec | None
     fixed: Mapping[str, int]
@@ -87,6 +106,7 @@ class Plan:
     Attributes:
         pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
         borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
+        bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
     """
 
     budget_bytes: int
@@ -104,6 +124,8 @@ class Plan:
     compute_s: float
     placements: tuple[Placement, ...]
     borrowers: tuple[BlockSpec, ...]
+    bank_slots: tuple[int, ...] = ()
+    bank_bytes: int = 0
     ctx: int
     prefill_tokens_per_pass: int
     device_budget_bytes: int | None = None
@@ -141,7 +163,16 @@ class Plan:
 
     def streamed_bytes_at(self, position: int) -> int:
         """Bytes read from disk for one decoded token behind `position` others."""
-        return self.streamed_bytes - sum(block.footprint for block in self.borrowers[: self.on_loan(position + 1)])
+        lent = sum(block.footprint for block in self.borrowers[: self.on_loan(position + 1)])
+        return self.streamed_bytes - lent + self.missed_bytes
+
+    @property
+    def missed_bytes(self) -> int:
+        """Bytes of experts read for one decoded token, if all of them are chosen equally often."""
+        return sum(
+            round(bank.used * (1 - slots / bank.num_experts)) * bank.expert_bytes
+            for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True)
+        )
 
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""
@@ -165,7 +196,7 @@ class Plan:
         """Bytes of the budget that the plan gives out."""
         return (
             self.base_bytes + self.margin_bytes + self.kv_bytes + self.workspace_bytes
-            + self.ring_bytes + self.pinned_bytes + self.embedding_bytes
+            + self.ring_bytes + self.pinned_bytes + self.embedding_bytes + self.bank_bytes
         )  # fmt: skip
 
     @property
@@ -194,12 +225,14 @@ def minimum_budget(demand: Demand) -> int:
     A model so small that the ring would be larger than itself is pinned instead.
     """
     everything = sum(block.footprint for block in demand.blocks)
-    return sum(demand.fixed.values()) + min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
+    streamed = min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
+    return sum(demand.fixed.values()) + streamed + _least_banks(demand)
 
 
 def full_budget(demand: Demand) -> int:
     """The budget from which on nothing is streamed."""
     everything = sum(block.footprint for block in demand.blocks)
+    everything += sum(bank.slot_bytes * bank.num_experts for bank in demand.banks)
     return sum(demand.fixed.values()) + everything + (demand.embedding.footprint if demand.embedding else 0)
 
 
@@ -230,7 +263,7 @@ class _Share(NamedTuple):
 
 
 def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
-    share = _best(demand, budget - sum(demand.fixed.values()), members)
+    share = _best(demand, budget - sum(demand.fixed.values()) - _least_banks(demand), members)
     if share is not None:
         return share
     minimum = minimum_budget(demand)
@@ -298,6 +331,18 @@ def _choose(
     return None
 
 
+def _least_banks(demand: Demand) -> int:
+    return sum(bank.slot_bytes * bank.least_slots for bank in demand.banks)
+
+
+def _bank_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
+    """Shares memory among banks: what is left behind the least goes to all in proportion to what they could hold."""
+    left = available - sum(bank.slot_bytes * bank.least_slots for bank in banks)
+    wanted = sum(bank.slot_bytes * (bank.num_experts - bank.least_slots) for bank in banks)
+    share = min(1.0, left / wanted) if wanted else 1.0
+    return tuple(bank.least_slots + int((bank.num_experts - bank.least_slots) * share) for bank in banks)
+
+
 def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
     members = frozenset(streamed)
     needs = [[demand.blocks[i].footprint for i in group if i in members] for group in demand.groups]
@@ -314,13 +359,18 @@ def _plan(
     pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
     link = _nbytes(demand, device.streamed) if device is not None else 0
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
+    bank_slots = _bank_slots(demand.banks, left)
+    bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
+    left -= bank_bytes
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory
     table = demand.embedding
     edges = {"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {})
     return Plan(
         budget_bytes=budget,
         minimum_bytes=minimum_budget(demand),
-        model_bytes=sum(block.nbytes for block in demand.blocks) + (table.nbytes if table else 0),
+        model_bytes=sum(block.nbytes for block in demand.blocks)
+        + sum(bank.expert_bytes * bank.num_experts for bank in demand.banks)
+        + (table.nbytes if table else 0),
         pinned_bytes=pinned,
         streamed_bytes=moved,
         ring_bytes=host.ring,
@@ -333,6 +383,8 @@ def _plan(
         compute_s=demand.compute_s,
         placements=_placements(demand.blocks, host, device),
         borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
+        bank_slots=bank_slots,
+        bank_bytes=bank_bytes,
         ctx=demand.ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
         device_budget_bytes=device_budget,

@@ -45,7 +45,7 @@ def machine_rates(
     known = profile.kernel_bps if threads == default_threads() else {}
     kernels = {
         name: known.get(name) or measure_kernel(element_type(name), threads, seconds=KERNEL_PROBE_S, nbytes=probe_bytes)
-        for name in sorted({info.element.name for info in model.matrices.values()})
+        for name in sorted({info.element.name for info in model.all_matrices()})
     }
     file = largest_file(checkpoint)
     disk, disks = device_id(file), dict(profile.disks_bps)

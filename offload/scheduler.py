@@ -1,7 +1,7 @@
 """One forward pass: for each piece wait for its blocks, compute every micro-batch, let the blocks go.
 
 Several micro-batches pass through a piece before the next one is fetched, so a pass reads each streamed block once,
-however many tokens it carries.
+however many tokens it carries; and each expert that any of them chose.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Set as AbstractSet
 from time import perf_counter
 
 from offload.blocks import BlockKey
+from offload.expert_cache import ExpertCache
 from offload.kernels.batch import Backend, Floats, MicroBatch, Piece
 from offload.residency import Residency
 from offload.telemetry import Telemetry
@@ -21,10 +22,16 @@ class Scheduler:
     """Runs passes on one backend. Called from the driver thread only."""
 
     def __init__(
-        self, backend: Backend, residency: Residency, streamed: AbstractSet[BlockKey], telemetry: Telemetry
+        self,
+        backend: Backend,
+        residency: Residency,
+        streamed: AbstractSet[BlockKey],
+        telemetry: Telemetry,
+        experts: ExpertCache | None = None,
     ) -> None:
         self._backend = backend
         self._residency = residency
+        self._experts = experts
         self._telemetry = telemetry
         self._streamed = streamed
         self._pieces: Sequence[Piece] | None = None
@@ -49,6 +56,8 @@ class Scheduler:
                 self._run(number, piece, len(batches), cancel)
         except BaseException:
             self._residency.restart()
+            if self._experts is not None:
+                self._experts.restart()
             raise
         self._residency.read_ahead()
         self._telemetry.passes += 1
@@ -64,9 +73,16 @@ class Scheduler:
         telemetry = self._telemetry
         if piece.streamed:
             telemetry.waited(piece.name, asked, arrived)
+        if piece.mixes is not None:
+            assert self._experts is not None, piece
+            self._experts.compute(piece.mixes, cancel)
         for batch in range(num_batches):
             kernels_s = self._backend.run(number, batch)
             telemetry.compute_s += kernels_s
             now = perf_counter()
             telemetry.span("compute", piece.name, now - kernels_s, now)
         self._residency.release(piece.streamed)
+        if piece.routes is not None:
+            assert self._experts is not None, piece
+            choices = [self._backend.routed(batch, piece.routes) for batch in range(num_batches)]
+            self._experts.demand(piece.routes, choices)

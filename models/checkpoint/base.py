@@ -43,6 +43,13 @@ class TensorInfo:
         extent = replace(self.extent, offset=self.extent.offset + start * self.row_nbytes, nbytes=nbytes)
         return replace(self, name=f"{self.name}[{start}:{stop}]", shape=(num_rows, self.shape[1]), extent=extent)
 
+    def member(self, index: int) -> TensorInfo:
+        """Number `index` of the matrices that a tensor of three dimensions holds, as a tensor of its own, in place."""
+        assert len(self.shape) == 3 and 0 <= index < self.shape[0], (self.shape, index)
+        nbytes = self.nbytes // self.shape[0]
+        extent = replace(self.extent, offset=self.extent.offset + index * nbytes, nbytes=nbytes)
+        return replace(self, name=f"{self.name}[{index}]", shape=self.shape[1:], extent=extent)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:

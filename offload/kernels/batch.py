@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -14,6 +14,7 @@ from offload.blocks import BlockKey
 from offload.tiers.base import CancelToken
 
 Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +36,33 @@ class MicroBatch:
 
 
 class Piece(NamedTuple):
-    """What a pass computes without a wait in between, once its `streamed` blocks are there; `pinned` counts the others."""
+    """What a pass computes without a wait in between, once its `streamed` blocks are there; `pinned` counts the others.
+
+    Attributes:
+        mixes: the layer whose experts must have been computed before; or None.
+        routes: the layer whose experts have been chosen afterwards; or None.
+    """
 
     name: str
     pinned: int
     streamed: tuple[BlockKey, ...]
+    mixes: int | None = None
+    routes: int | None = None
+
+
+class ExpertPlace(NamedTuple):
+    """Where experts of a layer can lie: in `num_slots` slots, `stride` bytes apart, the first one at `address`.
+
+    Attributes:
+        offsets: of the gate, up and down matrices in a slot.
+        is_resident: slot i holds expert i, always; they are then computed with the rest of the pass.
+    """
+
+    address: int
+    stride: int
+    num_slots: int
+    offsets: tuple[int, int, int]
+    is_resident: bool
 
 
 class Backend(Protocol):
@@ -49,6 +72,10 @@ class Backend(Protocol):
 
     def place(self, key: BlockKey, address: int) -> None:
         """Says where a block now lies (backends that compute in place)."""
+        ...
+
+    def place_experts(self, layer: int, place: ExpertPlace) -> None:
+        """Says where the experts of a layer can lie; before `schedule`."""
         ...
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> Sequence[Piece]:
@@ -65,6 +92,21 @@ class Backend(Protocol):
         Raises:
             Cancelled: the token asked for it in the middle of the computation.
             BackendError: a kernel failed.
+        """
+        ...
+
+    def routed(self, batch: int, layer: int) -> Ints:
+        """The experts that were chosen for the batch's tokens, int32 [num_tokens, num_used], best first; a view.
+
+        Empty where the batch's tokens do not reach the layer.
+        """
+        ...
+
+    def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
+        """Computes experts, given with the slots that they lie in, for what was sent to them; returns kernel seconds.
+
+        Raises:
+            Cancelled, BackendError: as `run`.
         """
         ...
 

@@ -15,6 +15,7 @@ from typing import Literal, Protocol, TypeVar
 T = TypeVar("T")
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
+Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +55,36 @@ class Attention:
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """How a layer chooses experts for a token (Shazeer et al., arXiv 1701.06538; DeepSeek-V3, arXiv 2412.19437).
+
+    Attributes:
+        layer: index of the layer, under which the choice is kept.
+        router: name of the matrix [num_experts, hidden_size]. bias: of the vector that is added to its product, or None.
+        num_used: experts chosen for each token.
+        scoring: how products become scores, which are also the weights of what the experts return. "softmax_of_chosen"
+            compares the products themselves, and takes the softmax over those of the chosen.
+        selection_bias: name of a vector that is added to scores while they are compared, but not to weights; or None.
+        num_groups, groups_used: experts in equal groups in order; only those of the best groups are compared.
+        group_top: how many of its best scores, added, are a group's score.
+        normalise: divides the weights by their sum. scale: a factor on them after that.
+    """
+
+    layer: int
+    router: str
+    num_experts: int
+    num_used: int
+    scoring: Scoring = "softmax"
+    bias: str | None = None
+    selection_bias: str | None = None
+    num_groups: int = 1
+    groups_used: int = 1
+    group_top: int = 2
+    normalise: bool = False
+    scale: float = 1.0
 
 
 class Ops(Protocol[T]):
@@ -101,6 +132,21 @@ class Ops(Protocol[T]):
 
     def glu(self, gate: T, up: T, activation: Activation) -> T:
         """`activation(gate) * up`, elementwise (Shazeer, arXiv 2002.05202)."""
+        ...
+
+    def sigmoid_gate(self, x: T, gate: T) -> T:
+        """`x * sigmoid(gate)`: [num_tokens, features] and [num_tokens, 1] -> [num_tokens, features]."""
+        ...
+
+    def route(self, x: T, routing: Routing) -> None:
+        """Chooses experts for each token of x [num_tokens, hidden_size]; both are kept for `mix` of the same layer."""
+        ...
+
+    def mix(self, layer: int) -> T:
+        """What the chosen experts returned for their tokens, weighted and added in the order of the choice.
+
+        [num_tokens, hidden_size]. Between `route` and `mix`, whoever runs the stages has the experts computed.
+        """
         ...
 
     def output_rows(self, x: T) -> T:

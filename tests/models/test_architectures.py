@@ -98,6 +98,12 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma3-pattern": ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2}),
     "phi3-partial": ("phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}),
     "smollm3-windowed": ("smollm3", {"use_sliding_window": True, "sliding_window": 4, "no_rope_layer_interval": 2}),
+    "mixtral-one-of-three": ("mixtral", {"num_local_experts": 3, "num_experts_per_tok": 1, "sliding_window": None}),
+    "qwen2-moe-some-dense": ("qwen2_moe", {"decoder_sparse_step": 2, "num_hidden_layers": 4, "norm_topk_prob": True}),
+    "qwen3-moe-last-dense": ("qwen3_moe", {"mlp_only_layers": [2], "norm_topk_prob": False}),
+    "olmoe-grouped-queries": ("olmoe", {"num_key_value_heads": 2, "norm_topk_prob": True}),
+    "glm4-moe-plain": ("glm4_moe", {"n_group": 1, "topk_group": 1, "norm_topk_prob": False, "use_qk_norm": False}),
+    "glm4-moe-all-experts": ("glm4_moe", {"first_k_dense_replace": 0, "attention_bias": True}),
     "granite-tied-llama3": ("granite", {"tie_word_embeddings": True, "rope_parameters": LLAMA3_SCALING}),
 }
 

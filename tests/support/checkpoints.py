@@ -48,7 +48,28 @@ _OWN: dict[str, dict[str, Any]] = {
         "logits_scaling": 5.0,
     },
 }
+_EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
+    "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 48},
+    "qwen3_moe": _EXPERTS | {"head_dim": 32, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    "granitemoe": _OWN["granite"] | {"num_local_experts": 6, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "head_dim": 32,
+        "n_shared_experts": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.7,
+        "use_qk_norm": True,
+    },
+}
+_OWN |= _MIXTURES
 FAMILIES = tuple(_OWN)
+MIXTURES = tuple(_MIXTURES)
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -80,7 +101,8 @@ def tiny_model(family: str, **overrides: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(sum(family.encode()))
     model = AutoModelForCausalLM.from_config(config).float().eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        biases = [pair for pair in model.named_buffers() if pair[0].endswith("e_score_correction_bias")]
+        for name, parameter in (*model.named_parameters(), *biases):
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
             else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import re
+import tempfile
+from collections import defaultdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,16 @@ import gguf
 import llama_cpp
 import numpy as np
 import torch
+import transformers
 from gguf import MODEL_ARCH, GGMLQuantizationType, GGUFWriter
+from safetensors.torch import load_file
 from support.checkpoints import tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3"}
-_PERMUTED = ("llama", "smollm3", "granite")  # rotated pairs are stored as neighbours
+_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe",
+                  "qwen3_moe": "qwen3moe", "glm4_moe": "glm4moe"}  # fmt: skip
+_GGUF_NAMES = {"granitemoe": "GRANITE_MOE", "glm4moe": "GLM4_MOE"}  # of gguf's own constants
+_PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # rotated pairs are stored as neighbours
 SIZES_FOR_K_QUANTS = {"hidden_size": 256, "intermediate_size": 512}
 
 
@@ -31,14 +38,16 @@ def gguf_checkpoint(family: str, folder: Path, element: str = "F32", **overrides
     writer = GGUFWriter(path, architecture)
     _write_metadata(writer, architecture, model.config)
     _write_vocabulary(writer, model.config.vocab_size)
-    names = gguf.get_tensor_name_map(getattr(MODEL_ARCH, architecture.upper()), model.config.num_hidden_layers)
-    for name, tensor in model.state_dict().items():
+    constant = _GGUF_NAMES.get(architecture, architecture.upper())
+    names = gguf.get_tensor_name_map(getattr(MODEL_ARCH, constant), model.config.num_hidden_layers)
+    for name, tensor in _stacked(_stored(model)).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         converted = _convert(architecture, model.config, name, tensor).numpy()
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert renamed is not None, name
-        _add_tensor(writer, renamed, converted, element if converted.ndim == 2 else "F32")
+        kept = converted.ndim == 1 or "ffn_gate_inp" in renamed
+        _add_tensor(writer, renamed, converted, "F32" if kept else element)
     _write_rope_factors(writer, model.config)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -47,13 +56,39 @@ def gguf_checkpoint(family: str, folder: Path, element: str = "F32", **overrides
     return path
 
 
+def _stored(model: transformers.PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The model's tensors by the names that its files have; in memory, experts lie in fewer."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Matrices that there is one of for each expert, as one tensor, as the converter calls it."""
+    groups: dict[str, dict[int, torch.Tensor]] = defaultdict(dict)
+    result = {}
+    for name, tensor in tensors.items():
+        match = re.fullmatch(r"(.*\.experts)\.([0-9]+)(\..*)", name)
+        if match is not None:
+            groups[match[1] + match[3]][int(match[2])] = tensor
+        elif name.endswith("block_sparse_moe.input_linear.weight"):
+            gate, up = tensor.chunk(2, dim=1)
+            prefix = name.removesuffix("input_linear.weight")
+            result |= {f"{prefix}experts.w1.weight": gate, f"{prefix}experts.w3.weight": up}
+        else:
+            result[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
+    stacked = {name: torch.stack([parts[index] for index in sorted(parts)]) for name, parts in groups.items()}
+    return result | stacked
+
+
 def quantize(values: np.ndarray[Any, Any], element: str) -> np.ndarray[Any, Any]:
-    """The rows of a float32 matrix as ggml quantizes them, uint8 [rows, bytes of a row]."""
+    """The rows of a float32 tensor as ggml quantizes them, uint8 [..., bytes of a row]."""
     kind = GGMLQuantizationType[element]
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
-    rows, columns = values.shape
+    *outer, columns = values.shape
+    rows = int(np.prod(outer))
     values = np.ascontiguousarray(values, dtype=np.float32)
-    out = np.zeros((rows, columns // block * nbytes), dtype=np.uint8)
+    out = np.zeros((*outer, columns // block * nbytes), dtype=np.uint8)
     importance = np.ones(columns, dtype=np.float32)
     arguments = (ctypes.c_int(kind.value), values.ctypes.data_as(ctypes.c_void_p), out.ctypes.data_as(ctypes.c_void_p))
     weights = importance.ctypes.data_as(ctypes.c_void_p)
@@ -82,6 +117,8 @@ def _add_tensor(writer: GGUFWriter, name: str, values: np.ndarray[Any, Any], ele
 def _convert(architecture: str, config: Any, name: str, tensor: torch.Tensor) -> torch.Tensor:
     if architecture.startswith("gemma") and name.endswith("norm.weight"):
         return tensor + 1
+    if name.endswith("shared_expert_gate.weight"):
+        return tensor[0]
     for projection, heads in (("q_proj", config.num_attention_heads), ("k_proj", config.num_key_value_heads)):
         if architecture in _PERMUTED and projection in name:
             halves = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
@@ -109,11 +146,30 @@ def _write_metadata(writer: GGUFWriter, architecture: str, config: Any) -> None:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if architecture == "gemma3":
         writer.add_sliding_window_pattern([kind == "sliding_attention" for kind in config.layer_types])
-    if architecture == "granite":
+    if hasattr(config, "num_experts_per_tok"):
+        _write_experts(writer, architecture, config)
+    if architecture.startswith("granite"):
         writer.add_attention_scale(config.attention_multiplier)
         writer.add_embedding_scale(config.embedding_multiplier)
         writer.add_residual_scale(config.residual_multiplier)
         writer.add_logit_scale(config.logits_scaling)
+
+
+def _write_experts(writer: GGUFWriter, architecture: str, config: Any) -> None:
+    writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
+    writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture in ("qwen2moe", "qwen3moe", "glm4moe"):
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
+    if architecture == "qwen2moe":
+        writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
+    if architecture == "glm4moe":
+        writer.add_expert_shared_count(config.n_shared_experts)
+        writer.add_leading_dense_block_count(config.first_k_dense_replace)
+        writer.add_expert_weights_scale(config.routed_scaling_factor)
+        writer.add_expert_weights_norm(config.norm_topk_prob)
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+        writer.add_expert_group_count(config.n_group)
+        writer.add_expert_group_used_count(config.topk_group)
 
 
 def _write_rope(writer: GGUFWriter, config: Any, head_dim: int) -> None:

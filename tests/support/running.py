@@ -50,7 +50,15 @@ class PlainRunner:
         layers, heads = self.model.stages[: -self.model.head_parts], self.model.stages[-self.model.head_parts :]
         for stage in layers:
             x = stage.forward(ops, x)
+            if stage.routes:
+                self._compute_experts(ops, stage.layer)
         return torch.cat([head.forward(ops, x) for head in heads], dim=-1)
+
+    def _compute_experts(self, ops: TorchOps, layer: int) -> None:
+        experts = self.model.experts[layer]
+        for number in ops.routed[layer].experts.unique().tolist():
+            matrices = [read_tensor(matrix) for matrix in experts.experts[number]]
+            ops.expert(layer, experts.activation, number, matrices)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -9,11 +9,11 @@ and output count. Called from one thread.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
-from typing import Final, NamedTuple
+from typing import Final
 
 import numpy as np
 
@@ -21,12 +21,21 @@ from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32, element_type
 from offload.errors import BackendError, Cancelled
-from offload.kernels.batch import Floats, MicroBatch, Piece
+from offload.kernels.batch import ExpertPlace, Floats, Ints, MicroBatch, Piece
+from offload.kernels.ggml.expert_layers import ExpertLayers
 from offload.kernels.ggml.inputs import BatchInputs, bucket
-from offload.kernels.ggml.library import STATUS_ABORTED, STATUS_SUCCESS, AbortCallback, Library, load_library
+from offload.kernels.ggml.library import (
+    I32,
+    I64,
+    STATUS_ABORTED,
+    STATUS_SUCCESS,
+    AbortCallback,
+    Library,
+    load_library,
+)
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
 from offload.kernels.ggml.pieces import Cutter, Form, Part, cut_passes
-from offload.kernels.ggml.workspace import Graph, Workspace
+from offload.kernels.ggml.workspace import Graph, Workspace, WorkspaceNeeds
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.tiers.base import CancelToken
@@ -34,16 +43,6 @@ from offload.units import MIB, align_up
 
 TENSORS_PER_STAGE: Final = 64  # at most, counting views
 ANCHOR_NBYTES: Final = 1 << 46
-I32: Final = 26  # ggml's numbers of the integer types, which no weight has
-I64: Final = 27
-
-
-class WorkspaceNeeds(NamedTuple):
-    """Bytes for passes of a few tokens, for prompts in addition, and for each of a prompt's micro-batches."""
-
-    few: int
-    prompt: int
-    micro_batch: int
 
 
 class GgmlBackend:
@@ -75,8 +74,11 @@ class GgmlBackend:
         self._make_matrices()
         self._make_cache()
         self._vectors: dict[str, Floats] = {}
-        self._few = Workspace(self._lib)
-        self._prompts = [Workspace(self._lib)]  # one for each micro-batch: a pass leaves several unfinished at a time
+        self._experts = ExpertLayers(self._lib, model, self._anchored)
+        self._few: Workspace[Graph] = Workspace(self._lib)
+        self._prompts: list[Workspace[Graph]] = [
+            Workspace(self._lib)
+        ]  # one for each micro-batch: a pass leaves several unfinished at a time
         self._cancel: CancelToken | None = None
         self._inputs: list[BatchInputs] = []
         self._hidden = np.empty(0, np.float32)
@@ -116,6 +118,10 @@ class GgmlBackend:
         self._vectors[name] = np.ascontiguousarray(values, dtype=np.float32)
         self._cells[name].value = self._vectors[name].ctypes.data
 
+    def place_experts(self, layer: int, place: ExpertPlace) -> None:
+        """Says where the experts of a layer can lie; before `schedule`."""
+        self._experts.place(layer, place)
+
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
         """See `Backend.schedule`."""
         self._forget_graphs()
@@ -126,30 +132,33 @@ class GgmlBackend:
                 self._forms[name] = form
             else:
                 self._cells[name].value = self._part_cells[keys[0]].value
-        return cut_passes(self._model, self._keys, streamed)
+        return cut_passes(self._model, self._keys, streamed, self._experts.fetched)
 
     def reserve(self) -> WorkspaceNeeds:
         """Builds the largest graphs once, so that no later one needs more, and tells what they need."""
-        for workspace, most in ((self._few, FEW_TOKENS), (self._prompts[0], MICRO_BATCH_TOKENS)):
+        for number, most in enumerate((FEW_TOKENS, MICRO_BATCH_TOKENS)):
+            workspace = self._workspace(number)
             tokens = min(most, self._ctx)
             batch = MicroBatch(self._ctx - tokens, tokens, (0,))
             inputs = BatchInputs(batch, align_up(self._ctx, KV_BUCKET), self._windows)
-            workspace.free(self._build(inputs, workspace))
+            workspace.free(self._build(inputs, number))
+        experts = self._experts.needs
         return WorkspaceNeeds(
-            few=self._few.nbytes + self._scratch_nbytes(FEW_TOKENS),
-            prompt=self._scratch_nbytes(MICRO_BATCH_TOKENS),
-            micro_batch=self._prompts[0].nbytes,
+            few=self._few.nbytes + self._scratch_nbytes(FEW_TOKENS) + experts.few,
+            prompt=self._scratch_nbytes(MICRO_BATCH_TOKENS) + experts.prompt,
+            micro_batch=self._prompts[0].nbytes + experts.micro_batch,
         )
 
     def _scratch_nbytes(self, tokens: int) -> int:
         """An upper bound of what ggml itself takes for a graph: activations in the kernel's type, attention's tiles."""
-        widest = max(tensor.shape[1] for tensor in self._model.matrices.values())
+        widest = max(tensor.shape[1] for tensor in self._model.all_matrices())
         return min(tokens, self._ctx) * (widest * 2 + 16 * 1024) + MIB
 
     def release_prompt(self) -> None:
         """Frees what only passes of many tokens need."""
         for workspace in self._prompts:
             workspace.release()
+        self._experts.release_prompt()
         self._inputs = []
         self._hidden = self._logits = np.empty(0, np.float32)
         self._lib.ggml_backend_free(self._backend)  # it keeps the scratch memory of its largest graph
@@ -185,11 +194,20 @@ class GgmlBackend:
         start = perf_counter()
         status = self._lib.ggml_backend_graph_compute(self._backend, graph.pieces[piece])
         kernels_s = perf_counter() - start
-        if status == STATUS_ABORTED:
-            raise Cancelled("cancelled")
-        if status != STATUS_SUCCESS:
-            raise BackendError(f"ggml: piece {piece} of a pass failed with status {status}")
+        _check(status, f"piece {piece} of a pass")
         return kernels_s
+
+    def routed(self, batch: int, layer: int) -> Ints:
+        """See `Backend.routed`."""
+        return self._experts.routed(self._number(batch), layer, self._tokens_at(batch, layer))
+
+    def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
+        """See `Backend.compute_experts`."""
+        start = perf_counter()
+        tokens = self._tokens_at(batch, layer)
+        status = self._experts.compute(self._backend, self._number(batch), layer, tokens, slots)
+        _check(status, f"experts of layer {layer}")
+        return perf_counter() - start
 
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
@@ -216,6 +234,7 @@ class GgmlBackend:
             return
         for workspace in (self._few, *self._prompts):
             workspace.release()
+        self._experts.close()
         self._lib.ggml_free(self._tensors)
         self._lib.ggml_backend_buffer_free(self._anchor)
         self._lib.ggml_backend_free(self._backend)
@@ -279,28 +298,38 @@ class GgmlBackend:
     # ---- graphs
 
     def _graph_for(self, batch: int) -> Graph:
-        inputs = self._inputs[batch]
-        workspace = self._workspace_for(batch)
+        inputs, number = self._inputs[batch], self._number(batch)
+        workspace = self._workspace(number)
         key = (inputs.batch.num_tokens, inputs.kv_length, len(inputs.batch.outputs))
         graph = workspace.get(key)
         if graph is None:
-            graph = self._build(inputs, workspace)
+            graph = self._build(inputs, number)
             workspace.add(key, graph)
         return graph
 
-    def _workspace_for(self, batch: int) -> Workspace:
-        if len(self._inputs) == 1 and self._inputs[0].batch.num_tokens <= FEW_TOKENS:
+    def _number(self, batch: int) -> int:
+        """Of the workspace that computes the batch: 0 for passes of a few tokens, then the micro-batches of prompts."""
+        few = len(self._inputs) == 1 and self._inputs[0].batch.num_tokens <= FEW_TOKENS
+        return 0 if few else batch + 1
+
+    def _workspace(self, number: int) -> Workspace[Graph]:
+        if number == 0:
             return self._few
-        while len(self._prompts) <= batch:
+        while len(self._prompts) < number:
             self._prompts.append(Workspace(self._lib))
-        return self._prompts[batch]
+        return self._prompts[number - 1]
+
+    def _tokens_at(self, batch: int, layer: int) -> int:
+        """How many of the batch's tokens reach a layer's experts."""
+        inputs = self._inputs[batch]
+        return len(inputs.batch.outputs) if layer == self._model.config.num_layers - 1 else inputs.batch.num_tokens
 
     def _forget_graphs(self) -> None:
         for workspace in (self._few, *self._prompts):
             workspace.forget()
 
-    def _build(self, inputs: BatchInputs, workspace: Workspace) -> Graph:
-        lib, model = self._lib, self._model
+    def _build(self, inputs: BatchInputs, number: int) -> Graph:
+        lib, model, workspace = self._lib, self._model, self._workspace(number)
         stages = model.stages if inputs.batch.outputs else model.stages[: model.first_output_stage]
         context, graph = self._empty_graph(TENSORS_PER_STAGE * (len(stages) + 1) + len(self._parts))
         leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
@@ -314,6 +343,7 @@ class GgmlBackend:
             lib, context, graph,
             weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[0],
             on_linear=cutter.note, kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
+            experts=self._experts.recorder(number, graph, cutter.end_piece),
         )  # fmt: skip
         x = Node(hidden, (tokens, hidden_size), hidden_size * 4)
         logits = []
@@ -369,3 +399,14 @@ class GgmlBackend:
 
     def _head_names(self) -> list[str]:
         return [name for stage in self._model.stages[-self._model.head_parts :] for name in stage.matrices]
+
+
+def _check(status: int, what: str) -> None:
+    """
+    Raises:
+        Cancelled, BackendError: ggml did not end well.
+    """
+    if status == STATUS_ABORTED:
+        raise Cancelled("cancelled")
+    if status != STATUS_SUCCESS:
+        raise BackendError(f"ggml: {what} failed with status {status}")

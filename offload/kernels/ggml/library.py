@@ -70,6 +70,14 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_type_size": (_Z, (_I,)),
     "ggml_blck_size": (_L, (_I,)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
+    "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
+    "ggml_argsort_top_k": (_P, (_P, _P, _I)),
+    "ggml_soft_max": (_P, (_P, _P)),
+    "ggml_sigmoid": (_P, (_P, _P)),
+    "ggml_sum_rows": (_P, (_P, _P)),
+    "ggml_clamp": (_P, (_P, _P, _F, _F)),
+    "ggml_div": (_P, (_P, _P, _P)),
+    "ggml_fill": (_P, (_P, _P, _F)),
     "ggml_mul": (_P, (_P, _P, _P)),
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_scale": (_P, (_P, _P, _F)),
@@ -83,6 +91,7 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_permute": (_P, (_P, _P, _I, _I, _I, _I)),
     "ggml_reshape_2d": (_P, (_P, _P, _L, _L)),
     "ggml_reshape_3d": (_P, (_P, _P, _L, _L, _L)),
+    "ggml_reshape_4d": (_P, (_P, _P, _L, _L, _L, _L)),
     "ggml_view_2d": (_P, (_P, _P, _L, _L, _Z, _Z)),
     "ggml_view_3d": (_P, (_P, _P, _L, _L, _L, _Z, _Z, _Z)),
     "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),
@@ -105,6 +114,8 @@ _CPU: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     **{f"ggml_cpu_has_{feature}": (_I, ()) for feature in ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")},
 }
 
+I32: Final = 26  # ggml's numbers of the integer types, which no weight has
+I64: Final = 27
 STATUS_SUCCESS: Final = 0
 STATUS_ABORTED: Final = 1
 FLOAT_BYTES: Final = 4
@@ -202,6 +213,11 @@ class Library:
         ours[1], ours[2], ours[3] = theirs[1], theirs[1] * num_rows, theirs[1] * num_rows
         mark, marks = (c_uint32.from_address(tensor + self.flags_offset) for tensor in (node, original))
         mark.value = marks.value
+
+    def set_matrix_stride(self, tensor: int, stride: int, count: int) -> None:
+        """Lets the `count` matrices of a tensor lie `stride` bytes apart."""
+        strides = (c_uint64 * 4).from_address(tensor + self.strides_offset)
+        strides[2], strides[3] = stride, stride * count
 
     def data_cell(self, tensor: int) -> c_uint64:
         """The tensor's data pointer, writable: `cell.value = address` moves the tensor."""

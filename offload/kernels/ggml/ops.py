@@ -6,10 +6,13 @@ The order of operations is llama.cpp's, so that the same file gives the same bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from offload.elements import F32
 from offload.kernels.ggml.library import FLOAT_BYTES, GLU_OPS, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
-from offload.kernels.ops import Activation, Attention, Rope
+from offload.kernels.ggml.routing import Choice, Recorder
+from offload.kernels.ops import Activation, Attention, Rope, Routing
+from offload.models.base import ExpertLayer
 
 
 class Node(NamedTuple):
@@ -37,6 +40,28 @@ class GraphInputs(NamedTuple):
     masks: Mapping[int | None, int]
 
 
+class Experts(Protocol):
+    """What a graph needs to know of experts."""
+
+    def layer(self, layer: int) -> ExpertLayer: ...
+
+    def resident(self, layer: int) -> tuple[int, int, int] | None:
+        """Tensors [num_experts, rows, columns] of the layer's gate, up and down; None where experts have to be brought."""
+        ...
+
+    def keep(self, layer: int, choice: Choice, *, x: bool) -> None:
+        """Puts the numbers of the chosen experts, and what those get, where they can be read after the piece."""
+        ...
+
+    def returned(self, tensor: int) -> None:
+        """Lets a tensor [num_tokens, num_used, hidden_size] read what the experts returned."""
+        ...
+
+    def end_piece(self) -> None:
+        """The graph is cut here."""
+        ...
+
+
 class GgmlOps:
     """Records one graph. `weight(name)` gives the ggml tensor of a matrix or vector, `out_features(name)` its rows,
     `kv[layer]` the caches; `on_linear(name, product, factor, num_tokens)` is told every product with a matrix."""
@@ -54,6 +79,7 @@ class GgmlOps:
         inputs: GraphInputs,
         num_outputs: int,
         kv_length: int,
+        experts: Experts | None = None,
     ) -> None:
         self._lib = library
         self._ctx = context
@@ -65,6 +91,10 @@ class GgmlOps:
         self._inputs = inputs
         self._num_outputs = num_outputs
         self._kv_length = kv_length
+        self._experts_or_none = experts
+        self._recorder = Recorder(library, context, graph)
+        self._choices: dict[int, Choice] = {}
+        self._latest = 0
 
     def linear(self, x: Node, weight: str, bias: str | None = None) -> Node:
         """[num_tokens, in_features] -> [num_tokens, out_features]."""
@@ -154,6 +184,51 @@ class GgmlOps:
         """`activation(gate) * up` in one kernel."""
         return self._dense(self._lib.ggml_glu_split(self._ctx, gate.tensor, up.tensor, GLU_OPS[activation]), gate.shape)
 
+    def sigmoid_gate(self, x: Node, gate: Node) -> Node:
+        """`x * sigmoid(gate)`, one factor for each token."""
+        factor = self._lib.ggml_sigmoid(self._ctx, gate.tensor)
+        return self._dense(self._lib.ggml_mul(self._ctx, x.tensor, factor), x.shape)
+
+    def route(self, x: Node, routing: Routing) -> None:
+        """Ends a piece with the choice, where experts have to be brought."""
+        products = self.linear(x, routing.router, routing.bias)
+        bias = None if routing.selection_bias is None else self._weight(routing.selection_bias)
+        choice = self._recorder.choose(x.tensor, products.tensor, bias, routing, x.shape[0])
+        is_resident = self._experts.resident(routing.layer) is not None
+        self._experts.keep(routing.layer, choice, x=not is_resident)
+        self._choices[routing.layer] = choice
+        self._latest = choice.weights
+        if not is_resident:
+            self._experts.end_piece()
+
+    def mix(self, layer: int) -> Node:
+        """Begins a piece with what the experts returned, where they had to be brought; else computes them here."""
+        choice, experts = self._choices.pop(layer), self._experts.layer(layer)
+        hidden_size, tokens = experts.experts[0].down.shape[0], choice.num_tokens
+        resident = self._experts.resident(layer)
+        if resident is None:
+            self._lib.ggml_build_forward_expand(self._graph, self._latest)  # what does not wait for them comes before
+            self._experts.end_piece()
+            returned = self._lib.ggml_new_tensor_3d(self._ctx, F32.ggml_id, hidden_size, experts.num_used, tokens)
+            self._experts.returned(returned)
+        else:
+            returned = self._compute(resident, choice, experts.activation, hidden_size)
+        mixed = self._recorder.mix(returned, choice.weights, hidden_size, experts.num_used, tokens)
+        return self._dense(mixed, (tokens, hidden_size))
+
+    @property
+    def _experts(self) -> Experts:
+        assert self._experts_or_none is not None, "a graph without experts"
+        return self._experts_or_none
+
+    def _compute(self, matrices: tuple[int, int, int], choice: Choice, activation: Activation, hidden_size: int) -> int:
+        lib, ctx, (gate, up, down) = self._lib, self._ctx, matrices
+        x = lib.ggml_reshape_3d(ctx, choice.x, hidden_size, 1, choice.num_tokens)
+        raised = lib.ggml_mul_mat_id(ctx, up, x, choice.ids)
+        gated = lib.ggml_mul_mat_id(ctx, gate, x, choice.ids)
+        hidden = lib.ggml_glu_split(ctx, gated, raised, GLU_OPS[activation])
+        return int(lib.ggml_mul_mat_id(ctx, down, hidden, choice.ids))
+
     def output_rows(self, x: Node) -> Node:
         """The rows whose logits are wanted."""
         tensor = self._lib.ggml_get_rows(self._ctx, x.tensor, self._inputs.outputs)
@@ -174,8 +249,8 @@ class GgmlOps:
         )
         return view
 
-    @staticmethod
-    def _dense(tensor: int, shape: tuple[int, ...]) -> Node:
+    def _dense(self, tensor: int, shape: tuple[int, ...]) -> Node:
+        self._latest = tensor
         row = FLOAT_BYTES
         for size in shape[1:]:
             row *= size

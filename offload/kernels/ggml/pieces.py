@@ -5,11 +5,15 @@
 
 A product with a matrix in parts is replaced by one product for each part. Each writes its columns of the result that the
 graph has room for, so nothing is copied together afterwards, and each row has the bits that the whole product would give it.
+
+Where experts have to be brought, a piece ends with their choice, and another begins with what they returned; in between
+lies the piece of what every token passes through.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import NamedTuple
@@ -50,8 +54,17 @@ class _Product(NamedTuple):
     num_tokens: int
 
 
-def cut_passes(model: Model, keys: Mapping[str, Sequence[BlockKey]], streamed: AbstractSet[BlockKey]) -> list[Piece]:
-    """The pieces of every pass: one before the first block that has to arrive, then one for each."""
+def cut_passes(
+    model: Model,
+    keys: Mapping[str, Sequence[BlockKey]],
+    streamed: AbstractSet[BlockKey],
+    fetched: AbstractSet[int] = frozenset(),
+) -> list[Piece]:
+    """The pieces of every pass: one before the first block that has to arrive, then one for each.
+
+    Args:
+        fetched: layers whose experts have to be brought.
+    """
     pieces = [Piece(f"{model.stages[0].name} ..", 0, ())]
     for stage in model.stages:
         for name in stage.matrices:
@@ -60,6 +73,13 @@ def cut_passes(model: Model, keys: Mapping[str, Sequence[BlockKey]], streamed: A
                     pieces.append(Piece(str(key), 0, (key,)))
                 else:
                     pieces[-1] = pieces[-1]._replace(pinned=pieces[-1].pinned + 1)
+        if stage.routes and stage.layer in fetched:
+            pieces[-1] = pieces[-1]._replace(routes=stage.layer)
+            pieces.append(Piece(f"{stage.name} ..", 0, ()))
+        if stage.mixes and stage.layer in fetched:
+            if stage.matrices:
+                pieces.append(Piece("", 0, ()))
+            pieces[-1] = pieces[-1]._replace(name=f"{stage.name} ..", mixes=stage.layer)
     return pieces
 
 
@@ -76,6 +96,7 @@ class Cutter:
         self._graph = graph
         self._forms = forms
         self._products: list[_Product] = []
+        self._breaks: list[int] = []
         self.followers: list[Follower] = []
 
     def note(self, name: str, product: int, factor: int, num_tokens: int) -> None:
@@ -86,6 +107,12 @@ class Cutter:
             index = self._lib.ggml_graph_n_nodes(self._graph) - 1
             self._products.append(_Product(index, name, product, factor, num_tokens))
 
+    def end_piece(self) -> None:
+        """What is in the graph so far is run, then others have a say, then comes the rest."""
+        index = self._lib.ggml_graph_n_nodes(self._graph)
+        if not self._breaks or self._breaks[-1] != index:
+            self._breaks.append(index)
+
     def cut(
         self, tensor_of: Callable[[BlockKey], int], info_of: Callable[[BlockKey], TensorInfo]
     ) -> tuple[list[int], list[int]]:
@@ -94,12 +121,13 @@ class Cutter:
         Args:
             tensor_of: the ggml tensor of a part. info_of: its description.
         """
-        if not self._products:
+        if not self._products and not self._breaks:
             return [], [self._graph]
         nodes = [self._lib.ggml_graph_node(self._graph, i) for i in range(self._lib.ggml_graph_n_nodes(self._graph))]
         pieces: list[list[int]] = [[]]
-        done = 0
+        done, breaks = 0, deque(self._breaks)
         for product in self._products:
+            done = self._break_before(product.node, breaks, pieces, nodes, done)
             pieces[-1] += nodes[done : product.node]
             first_row = 0
             for part in self._forms[product.name]:
@@ -108,8 +136,18 @@ class Cutter:
                 pieces[-1].append(self._part_product(product, tensor_of(part.key), first_row))
                 first_row += info_of(part.key).shape[0]
             done = product.node + 1
+        done = self._break_before(len(nodes), breaks, pieces, nodes, done)
         pieces[-1] += nodes[done:]
         return self._graphs(pieces)
+
+    @staticmethod
+    def _break_before(end: int, breaks: deque[int], pieces: list[list[int]], nodes: Sequence[int], done: int) -> int:
+        """Ends pieces at the breaks up to node `end`; returns how many nodes are dealt with."""
+        while breaks and breaks[0] <= end:
+            pieces[-1] += nodes[done : breaks[0]]
+            done = breaks.popleft()
+            pieces.append([])
+        return done
 
     def _part_product(self, product: _Product, part: int, first_row: int) -> int:
         lib = self._lib

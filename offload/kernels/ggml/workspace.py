@@ -9,13 +9,21 @@ import ctypes
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
 from offload.errors import BackendError
 from offload.kernels.ggml.library import Library
 from offload.kernels.ggml.pieces import Follower
 
 MAX_GRAPHS: Final = 4  # full and last micro-batches, for this KV bucket and the one before
+
+
+class WorkspaceNeeds(NamedTuple):
+    """Bytes for passes of a few tokens, for prompts in addition, and for each of a prompt's micro-batches."""
+
+    few: int
+    prompt: int
+    micro_batch: int
 
 
 @dataclass(slots=True)
@@ -36,30 +44,41 @@ class Graph:
     followers: Sequence[Follower]
 
 
-class Workspace:
-    """See the module. Takes memory when a graph is allocated, and keeps it until `release`."""
+class Cached(Protocol):
+    """What a workspace caches: a graph, and ggml's memory for its description."""
 
-    def __init__(self, library: Library) -> None:
+    @property
+    def contexts(self) -> tuple[int, ...]: ...
+
+
+G = TypeVar("G", bound=Cached)
+
+
+class Workspace(Generic[G]):
+    """See the module. Caches `most` graphs. Takes memory when a graph is allocated, and keeps it until `release`."""
+
+    def __init__(self, library: Library, most: int = MAX_GRAPHS) -> None:
         self._lib = library
+        self._most = most
         self._allocator: int | None = None
-        self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, G] = OrderedDict()
 
     @property
     def nbytes(self) -> int:
         """Bytes that the largest graph so far needs."""
         return 0 if self._allocator is None else int(self._lib.ggml_gallocr_get_buffer_size(self._allocator, 0))
 
-    def get(self, key: Hashable) -> Graph | None:
+    def get(self, key: Hashable) -> G | None:
         """The cached graph."""
         graph = self._graphs.get(key)
         if graph is not None:
             self._graphs.move_to_end(key)
         return graph
 
-    def add(self, key: Hashable, graph: Graph) -> None:
+    def add(self, key: Hashable, graph: G) -> None:
         """Caches an allocated graph; the one that was not asked for longest makes room."""
         self._graphs[key] = graph
-        if len(self._graphs) > MAX_GRAPHS:
+        if len(self._graphs) > self._most:
             self.free(self._graphs.popitem(last=False)[1])
 
     def allocate(self, graph: int) -> None:
@@ -81,7 +100,7 @@ class Workspace:
         while self._graphs:
             self.free(self._graphs.popitem()[1])
 
-    def free(self, graph: Graph) -> None:
+    def free(self, graph: G) -> None:
         """Frees a graph that is not cached."""
         for context in graph.contexts:
             self._lib.ggml_free(context)

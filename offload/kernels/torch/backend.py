@@ -5,7 +5,8 @@ Matrices stay as stored in the arena and are decoded to float32 when they are us
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from time import perf_counter
 
@@ -15,7 +16,7 @@ import torch
 from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
-from offload.kernels.batch import Floats, MicroBatch, Piece
+from offload.kernels.batch import ExpertPlace, Floats, Ints, MicroBatch, Piece
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
@@ -39,6 +40,7 @@ class TorchBackend:
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
+        self._experts: dict[int, ExpertPlace] = {}
         self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
         self._ops: list[TorchOps] = []
@@ -60,17 +62,27 @@ class TorchBackend:
         """A matrix now starts at this offset of the arena."""
         self._offsets[key.name] = address
 
+    def place_experts(self, layer: int, place: ExpertPlace) -> None:
+        """See `Backend.place_experts`. They are in host memory, and copied to the device when they are used."""
+        self._experts[layer] = place
+
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
-        """See `Backend.schedule`. A stage with streamed blocks stands alone, all others are merged."""
+        """See `Backend.schedule`. A stage with streamed blocks stands alone, experts begin and end a piece; others merge."""
         pieces: list[Piece] = []
         self._spans = []
         for index, stage in enumerate(self._model.stages):
             keys = [BlockKey("weight", stage.layer, name) for name in stage.matrices]
             missing = tuple(key for key in keys if key in streamed)
-            if pieces and not missing and not pieces[-1].streamed:
+            if stage.routes or stage.mixes:
+                layer = stage.layer
+                around = {"routes": layer} if stage.routes else {"mixes": layer}
+                pieces.append(Piece(stage.name, len(keys) - len(missing), missing, **around))
+                self._spans.append(range(index, index + 1))
+            elif pieces and not missing and not pieces[-1].streamed and pieces[-1].routes is None:
                 first = self._spans[-1].start
                 name, pinned = f"{self._model.stages[first].name} .. {stage.name}", pieces[-1].pinned + len(keys)
-                pieces[-1], self._spans[-1] = Piece(name, pinned, ()), range(first, index + 1)
+                pieces[-1] = pieces[-1]._replace(name=name, pinned=pinned)
+                self._spans[-1] = range(first, index + 1)
             else:
                 pieces.append(Piece(stage.name, len(keys) - len(missing), missing))
                 self._spans.append(range(index, index + 1))
@@ -115,6 +127,31 @@ class TorchBackend:
                 self._hidden[batch] = result
         return perf_counter() - start
 
+    def routed(self, batch: int, layer: int) -> Ints:
+        """See `Backend.routed`."""
+        routed = self._ops[batch].routed.get(layer)
+        if routed is None:
+            return np.empty((0, self._model.experts[layer].num_used), np.int32)
+        chosen: Ints = routed.experts.int().cpu().numpy()
+        return chosen
+
+    @torch.inference_mode()
+    def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
+        """See `Backend.compute_experts`."""
+        start = perf_counter()
+        experts, place = self._model.experts[layer], self._experts[layer]
+        for expert, slot in slots.items():
+            if self._cancel is not None:
+                self._cancel.raise_if_cancelled()
+            matrices = [
+                dequantize(
+                    self._from_host(place.address + slot * place.stride + offset, info.nbytes), info.element, info.shape
+                )
+                for offset, info in zip(place.offsets, experts.experts[expert], strict=True)
+            ]
+            self._ops[batch].expert(layer, experts.activation, expert, matrices)
+        return perf_counter() - start
+
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
         if not self._batches[batch].outputs:
@@ -129,6 +166,10 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
+
+    def _from_host(self, address: int, nbytes: int) -> torch.Tensor:
+        raw = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
+        return raw.to(self._tier.device)
 
     def _weight(self, name: str) -> torch.Tensor:
         vector = self._vectors.get(name)

@@ -12,10 +12,9 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from offload.kernels.ops import Activation, Attention, Ops, Rope
+from offload.kernels.ops import Activation, Attention, Ops, Rope, Routing
 from offload.kernels.torch.cache import TorchCache
-
-Weights = Callable[[str], torch.Tensor]
+from offload.kernels.torch.routing import Routed, Weights, choose
 
 _ACTIVATIONS: Final[dict[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": functional.silu,
@@ -32,6 +31,9 @@ class TorchOps(Ops[torch.Tensor]):
         cache: holds the positions before those of the batch; the batch's own are added to it.
         positions: int64 [num_tokens]; all from 0 to the largest must be in the cache or in the batch.
         output_rows: int64, rows of the batch whose logits are asked for.
+
+    Attributes:
+        routed: by layer, the choices whose experts have still to be computed.
     """
 
     def __init__(self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor) -> None:
@@ -42,6 +44,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._length = int(positions.max()) + 1
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
+        self.routed: dict[int, Routed] = {}
 
     def linear(self, x: torch.Tensor, weight: str, bias: str | None = None) -> torch.Tensor:
         return functional.linear(x, self._weights(weight), None if bias is None else self._weights(bias))
@@ -95,6 +98,25 @@ class TorchOps(Ops[torch.Tensor]):
 
     def glu(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
         return _ACTIVATIONS[activation](gate) * up
+
+    def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+        return x * gate.sigmoid()
+
+    def route(self, x: torch.Tensor, routing: Routing) -> None:
+        self.routed[routing.layer] = choose(x, routing, self._weights)
+
+    def mix(self, layer: int) -> torch.Tensor:
+        return self.routed.pop(layer).mixed()
+
+    def expert(self, layer: int, activation: Activation, number: int, matrices: Sequence[torch.Tensor]) -> None:
+        """Computes one expert, given by its gate, up and down matrices, for the tokens that were sent to it."""
+        gate, up, down = matrices
+
+        def compute(x: torch.Tensor) -> torch.Tensor:
+            hidden = self.glu(functional.linear(x, gate), functional.linear(x, up), activation)
+            return functional.linear(hidden, down)
+
+        self.routed[layer].fill(number, compute)
 
     def output_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._output_rows)

@@ -1,0 +1,91 @@
+"""Slots for experts: how large they are, and where in one an expert's matrices come to lie.
+
+    slot     [ gate window | up window | down window ]     each as long as the matrix, and a page more
+    window   [ lead | matrix | rest of the last page ]     direct reads land in place
+
+Layers whose experts have the same shapes and types share a bank. Kernels want the matrices of a layer at the same place in
+every slot: where the first expert's lie. Those of others lie there too when their size is a multiple of a page, and are
+moved by less than a page after reading when it is not. Arithmetic only; no memory.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from offload.models.base import ExpertLayer, ExpertMatrices, Model
+from offload.units import PAGE, align_up
+
+
+class ExpertKey(NamedTuple):
+    """Number `expert` of layer `layer`."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"blk.{self.layer}.expert.{self.expert}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankSpec:
+    """What a bank is for.
+
+    Attributes:
+        layers: those that share it. windows: bytes of the three windows of a slot.
+    """
+
+    layers: tuple[ExpertLayer, ...]
+    windows: tuple[int, int, int]
+
+    @property
+    def stride(self) -> int:
+        """Bytes of a slot."""
+        return sum(self.windows)
+
+    @property
+    def num_experts(self) -> int:
+        """Experts of all layers."""
+        return sum(len(layer.experts) for layer in self.layers)
+
+    @property
+    def least_slots(self) -> int:
+        """A token's experts of one layer, all at once."""
+        return max(layer.num_used for layer in self.layers)
+
+    @property
+    def starts(self) -> tuple[int, int, int]:
+        """Where the windows begin in a slot."""
+        gate, up, _ = self.windows
+        return 0, gate, gate + up
+
+    def offsets(self, layer: ExpertLayer) -> tuple[int, int, int]:
+        """Where the matrices of a layer lie in a slot."""
+        gate, up, down = (
+            start + matrix.extent.lead for start, matrix in zip(self.starts, layer.experts[0], strict=True)
+        )
+        return gate, up, down
+
+
+def expert_banks(model: Model) -> tuple[BankSpec, ...]:
+    """The banks that a model needs, in the order of its layers."""
+    shared: dict[tuple[object, ...], list[ExpertLayer]] = defaultdict(list)
+    for layer in model.experts.values():
+        shared[_kind(layer)].append(layer)
+    return tuple(BankSpec(layers=tuple(layers), windows=_windows(layers[0].experts[0])) for layers in shared.values())
+
+
+def expert_nbytes(layer: ExpertLayer) -> int:
+    """Bytes of one expert's weights."""
+    return sum(matrix.nbytes for matrix in layer.experts[0])
+
+
+def _windows(matrices: ExpertMatrices) -> tuple[int, int, int]:
+    gate, up, down = (align_up(matrix.nbytes) + PAGE for matrix in matrices)
+    return gate, up, down
+
+
+def _kind(layer: ExpertLayer) -> tuple[object, ...]:
+    shapes = tuple((matrix.element.name, matrix.shape) for matrix in layer.experts[0])
+    return (layer.num_used, layer.activation, shapes)

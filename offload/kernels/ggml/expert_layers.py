@@ -1,0 +1,175 @@
+"""The layers with experts of one model: where their experts can lie, the memory of choices, and who computes them.
+
+Where all experts of a layer are resident they are computed in the pass's graph; else the graph is cut, and they are
+computed by `ExpertKernels` as they arrive.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
+from offload.kernels.batch import ExpertPlace, Ints
+from offload.kernels.ggml.experts import Anchor, ExpertKernels, Routed, routing_memory, routing_nbytes
+from offload.kernels.ggml.library import FLOAT_BYTES, STATUS_SUCCESS, Library
+from offload.kernels.ggml.routing import Choice
+from offload.kernels.ggml.workspace import WorkspaceNeeds
+from offload.models.base import ExpertLayer, Model
+
+
+class ExpertLayers:
+    """See the module. A micro-batch is given by the number of its workspace: 0 is that of a few tokens."""
+
+    def __init__(self, library: Library, model: Model, anchor: Anchor) -> None:
+        self._lib = library
+        self._anchor = anchor
+        self._layers = model.experts
+        self._hidden_size = model.config.hidden_size
+        self._order = {layer: index for index, layer in enumerate(model.experts)}
+        self._places: dict[int, ExpertPlace] = {}
+        self._tensors: dict[int, tuple[int, int, int]] = {}
+        self._cells: dict[int, list[ctypes.c_uint64]] = {}
+        self._context = library.context((3 * len(model.experts) + 1) * library.ggml_tensor_overhead())
+        self._kernels: dict[int, ExpertKernels] = {}
+        self._by_bank: dict[tuple[object, ...], ExpertKernels] = {}
+        self._memory: dict[int, Routed] = {}
+        self._make_tensors()
+
+    @property
+    def fetched(self) -> frozenset[int]:
+        """Layers whose experts have to be brought."""
+        return frozenset(layer for layer, place in self._places.items() if not place.is_resident)
+
+    def place(self, layer: int, place: ExpertPlace) -> None:
+        """Says where the experts of a layer can lie."""
+        self._places[layer] = place
+        if place.is_resident:
+            for tensor, cell, offset in zip(self._tensors[layer], self._cells[layer], place.offsets, strict=True):
+                self._lib.set_matrix_stride(tensor, place.stride, place.num_slots)
+                cell.value = place.address + offset
+            return
+        self._memory.clear()  # what experts return needs room of its own now
+        experts = self._layers[layer]
+        kinds = tuple((matrix.element.name, matrix.shape) for matrix in experts.experts[0])
+        bank = (place.address, experts.num_used, experts.activation, kinds)
+        if bank not in self._by_bank:
+            self._by_bank[bank] = ExpertKernels(self._lib, self._anchor, experts, place, self._hidden_size)
+        self._kernels[layer] = self._by_bank[bank]
+
+    @property
+    def needs(self) -> WorkspaceNeeds:
+        """Memory beside the graphs, when no expert is resident: what is kept of choices, and the experts' own graphs."""
+        if not self._layers:
+            return WorkspaceNeeds(0, 0, 0)
+        used = max(layer.num_used for layer in self._layers.values())
+        few, prompt = (
+            routing_nbytes(len(self._layers), tokens, used, self._hidden_size)
+            for tokens in (FEW_TOKENS, MICRO_BATCH_TOKENS)
+        )
+        width = max(layer.experts[0].gate.shape[0] for layer in self._layers.values())
+        rows = 2 * self._hidden_size + 3 * width
+        return WorkspaceNeeds(few + FEW_TOKENS * rows * FLOAT_BYTES, MICRO_BATCH_TOKENS * rows * FLOAT_BYTES, prompt)
+
+    def recorder(self, number: int, graph: int, end_piece: Callable[[], None]) -> GraphExperts:
+        """What the graphs of a workspace are built with."""
+        return GraphExperts(self, self._memory_of(number), graph, end_piece)
+
+    def routed(self, number: int, layer: int, tokens: int) -> Ints:
+        """The experts chosen for so many tokens, [tokens, num_used], a view."""
+        used = self._layers[layer].num_used
+        kept: Ints = self._memory_of(number).ids[self._order[layer]].reshape(-1)
+        return kept[: tokens * used].reshape(tokens, used)
+
+    def compute(self, backend: int, number: int, layer: int, tokens: int, slots: Mapping[int, int]) -> int:
+        """Computes the experts in `slots` for the tokens that chose them; ggml's status."""
+        kernels, place, memory = self._kernels[layer], self._places[layer], self._memory_of(number)
+        ids = self.routed(number, layer, tokens).reshape(-1)
+        if tokens == 1:
+            chosen = [(slots[expert], rank) for rank, expert in enumerate(ids.tolist()) if expert in slots]
+            if not chosen:
+                return STATUS_SUCCESS
+            return kernels.run_token(backend, place, memory, *zip(*chosen, strict=True))
+        for expert, slot in slots.items():
+            pairs = np.flatnonzero(ids == expert)
+            if len(pairs):
+                status = kernels.run_expert(backend, place, memory, slot, pairs)
+                if status != STATUS_SUCCESS:
+                    return status
+        return STATUS_SUCCESS
+
+    def release_prompt(self) -> None:
+        """Frees what only passes of many tokens need; their graphs must be gone."""
+        self._memory = {number: memory for number, memory in self._memory.items() if number == 0}
+        for kernels in self._by_bank.values():
+            kernels.release()
+
+    def close(self) -> None:
+        """Frees everything."""
+        for kernels in self._by_bank.values():
+            kernels.close()
+        self._lib.ggml_free(self._context)
+
+    # for graphs
+
+    def layer(self, layer: int) -> ExpertLayer:
+        """The description of a layer."""
+        return self._layers[layer]
+
+    def resident(self, layer: int) -> tuple[int, int, int] | None:
+        """See `ops.Experts`. Before anything is placed, all experts count as resident."""
+        place = self._places.get(layer)
+        return self._tensors[layer] if place is None or place.is_resident else None
+
+    def ids_address(self, memory: Routed, layer: int) -> int:
+        """Where the choice of a layer is kept."""
+        return int(memory.ids[self._order[layer]].ctypes.data)
+
+    def anchor(self, tensor: int, address: int) -> None:
+        """Lets a tensor live at `address` for good."""
+        self._anchor(tensor).value = address
+
+    def _memory_of(self, number: int) -> Routed:
+        if number not in self._memory:
+            most = FEW_TOKENS if number == 0 else MICRO_BATCH_TOKENS
+            used = max((layer.num_used for layer in self._layers.values()), default=0)
+            returned = bool(self.fetched)
+            self._memory[number] = routing_memory(len(self._layers), most, used, self._hidden_size, returned=returned)
+        return self._memory[number]
+
+    def _make_tensors(self) -> None:
+        for layer, experts in self._layers.items():
+            tensors = []
+            for matrix in experts.experts[0]:
+                rows, columns = matrix.shape
+                count = len(experts.experts)
+                tensors.append(
+                    self._lib.ggml_new_tensor_3d(self._context, matrix.element.ggml_id, columns, rows, count)
+                )
+            gate, up, down = tensors
+            self._tensors[layer] = (gate, up, down)
+            self._cells[layer] = [self._anchor(tensor) for tensor in tensors]
+
+
+class GraphExperts:
+    """See `ops.Experts`: the experts of one graph."""
+
+    def __init__(self, layers: ExpertLayers, memory: Routed, graph: int, end_piece: Callable[[], None]) -> None:
+        self._layers = layers
+        self._memory = memory
+        self._graph = graph
+        self.end_piece = end_piece
+        self.layer = layers.layer
+        self.resident = layers.resident
+
+    def keep(self, layer: int, choice: Choice, *, x: bool) -> None:
+        """See `ops.Experts.keep`."""
+        self._layers.anchor(choice.ids, self._layers.ids_address(self._memory, layer))
+        if x:
+            self._layers.anchor(choice.x, self._memory.x.ctypes.data)
+
+    def returned(self, tensor: int) -> None:
+        """See `ops.Experts.returned`."""
+        self._layers.anchor(tensor, self._memory.returned.ctypes.data)
