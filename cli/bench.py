@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -24,6 +24,7 @@ from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import disk_use, resident_share
 from offload.cli.text import output_console
 from offload.errors import UsageError
+from offload.models.checkpoint import open_checkpoint
 from offload.tiers.probe import measure_disk
 from offload.units import format_rate, format_size
 
@@ -68,9 +69,15 @@ def bench(
     del debug
     if not n_prompt and not n_gen:
         raise UsageError("--n-prompt 0 and --n-gen 0: nothing to measure")
+    if n_gen == 1:
+        raise UsageError("--n-gen 1: the first token ends the prompt's time; give 2 or more")
     path = resolve_model(model)
-    limit_bps = measure_disk(largest_file(path), seconds=_PROBE_S)
-    with Bars(enabled=bars_wanted(quiet=quiet or as_json)) as bars, open_engine(path, load, bars) as engine:
+    file = max(open_checkpoint(path).files, key=lambda file: file.stat().st_size)
+    with Bars(enabled=bars_wanted(quiet=quiet or as_json)) as bars, ExitStack() as stack:
+        bars.update("measuring the disk", 0, None)
+        limit_bps = measure_disk(file, seconds=_PROBE_S)
+        bars.end("measuring the disk")
+        engine = stack.enter_context(open_engine(path, load, bars))
         rows = measure(engine, n_prompt, n_gen, repetitions, limit_bps, bars)
         report = {
             "model": engine.model_name,
@@ -82,20 +89,6 @@ def bench(
             "rows": [asdict(row) for row in rows],
         }
     write_report(report, rows, as_json=as_json, markdown=markdown)
-
-
-def largest_file(model: Path) -> Path:
-    """The file whose reads are measured: the model, or the largest weight file of a folder.
-
-    Raises:
-        UsageError: a folder without weights.
-    """
-    if model.is_file():
-        return model
-    files = [file for suffix in ("*.safetensors", "*.gguf") for file in model.glob(suffix)]
-    if not files:
-        raise UsageError(f"{model}: no .safetensors and no .gguf file in this folder")
-    return max(files, key=lambda file: file.stat().st_size)
 
 
 def measure(engine: Engine, n_prompt: int, n_gen: int, repetitions: int, limit_bps: float, bars: Bars) -> list[Row]:

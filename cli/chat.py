@@ -22,7 +22,7 @@ from offload.cli.chat_files import chat_path, history_path, load_chat
 from offload.cli.chat_input import Input, LineHistory, PlainInput, Quoted, TerminalInput, is_interactive
 from offload.cli.chat_state import Conversation
 from offload.cli.grouping import grouped
-from offload.cli.interrupt import interrupt_calls
+from offload.cli.interrupt import interrupt_calls, keys_unseen
 from offload.cli.loading import open_engine
 from offload.cli.options import AnswerOptions, DebugOption, LoadOptions, ModelArgument, QuietOption, SamplingOptions
 from offload.cli.progress import Bars, bars_wanted
@@ -149,7 +149,8 @@ class ChatSession:
         status = StatusLine(self.engine)
         options: dict[str, Any] = dict(self.conversation.options)
         options["on_prefill"] = lambda done, total: view.status(status.prefill(done, total))
-        with view, self.engine.stream(self.conversation.prompt(), **options) as stream, interrupt_calls(stream.cancel):
+        stream = self.engine.stream(self.conversation.prompt(), **options)
+        with keys_unseen(), view, stream, interrupt_calls(stream.cancel):
             shown_s = 0.0
             for chunk in stream:
                 status.count(len(chunk.tokens))

@@ -87,8 +87,9 @@ def save(chat: Chat, rest: str) -> None:
     if not rest:
         raise UsageError("/save: give a name or a path")
     path = chat_path(rest)
+    replaces = path.exists()
     save_chat(path, chat.conversation.prompt(), model=chat.engine.model_name, options=chat.conversation.options)
-    chat.say(f"saved to {path}")
+    chat.say(f"saved to {path}{', in place of the chat that was there' if replaces else ''}")
 
 
 def load(chat: Chat, rest: str) -> None:
@@ -162,9 +163,11 @@ def show_plan(chat: Chat) -> None:
     """The plan in one line; `offload plan` draws it."""
     plan = chat.engine.plan
     rates = ", ".join(f"{edge} {format_rate(bps)}" for edge, bps in plan.edges.items())
+    read = plan.streamed_bytes_at(0)
+    place = "in memory" if plan.device_budget_bytes is None else "in memory or on the device"
     chat.say(
-        f"budget {format_size(plan.budget_bytes)}: {format_size(plan.pinned_bytes)} of {format_size(plan.model_bytes)} "
-        f"pinned, {format_size(plan.streamed_bytes_at(0))} streamed per token ({rates}); "
+        f"budget {format_size(plan.budget_bytes)}: {format_size(max(0, plan.model_bytes - read))} "
+        f"of {format_size(plan.model_bytes)} {place}, {format_size(read)} read from disk per token ({rates}); "
         f"about {plan.predicted_tps:.3g} tok/s, bound by {plan.bound}"
     )
 

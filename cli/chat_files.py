@@ -61,7 +61,7 @@ def save_chat(path: Path, messages: Messages, *, model: str, options: dict[str, 
     A symlink is followed and stays. The folder of named chats is made when it is missing, any other must exist.
 
     Raises:
-        UsageError: no such folder, or something that is no regular file lies there.
+        UsageError: no such folder, or something that is no saved chat lies there.
         StorageError: no space, no permission, an I/O error.
     """
     chat = {"format": FORMAT, "model": model, "messages": messages, "options": options}
@@ -81,6 +81,13 @@ def _regular_place(path: Path) -> Path:
         raise UsageError(f"cannot save the chat to {path}: no such folder {place.parent}")
     if os.path.lexists(place) and not stat.S_ISREG(place.lstat().st_mode):
         raise UsageError(f"cannot save the chat to {path}: it is not a regular file; choose another place")
+    if place.exists() and place.stat().st_size:
+        try:
+            load_chat(place)
+        except CheckpointError:
+            raise UsageError(
+                f"cannot save the chat to {path}: the file is there and is no saved chat; choose another name"
+            ) from None
     return place
 
 

@@ -16,6 +16,7 @@ from prompt_toolkit.completion import WordCompleter
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 QUOTES: Final = '"""'
 LEAVE_HINT: Final = "To leave: Ctrl-D, or /bye"
@@ -78,6 +79,16 @@ class LineHistory(FileHistory):
             self._warn = None
 
 
+def _bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter", filter=Condition(lambda: is_open(get_app().current_buffer.text)))
+    def _(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)  # the default repeats the spaces of the line before
+
+    return bindings
+
+
 class TerminalInput:
     """An editing prompt with history and completion of commands. Pasted line feeds do not send.
 
@@ -94,6 +105,7 @@ class TerminalInput:
             placeholder=HTML("<ansibrightblack>Ask something, or /help</ansibrightblack>"),
             completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
             complete_while_typing=False,
+            key_bindings=_bindings(),
         )
 
     def read(self) -> str | None:

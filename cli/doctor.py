@@ -26,6 +26,7 @@ from offload.cli.progress import bars_wanted
 from offload.cli.text import output_console
 from offload.errors import StorageError
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
+from offload.tiers.probe import is_measurable
 from offload.units import format_rate, format_size
 
 PathArgument = Annotated[
@@ -68,9 +69,14 @@ def remember(profile: MachineProfile) -> str | None:
 
 
 def measured_place(path: Path) -> Path:
-    """A model folder is measured on its largest weight file, so that no probe file is written beside it."""
+    """A model folder is measured on its largest weight file, so that no probe file is written beside it.
+
+    A file that is too small to tell stands for the folder that it lies in.
+    """
+    if path.is_file():
+        return path if is_measurable(path) else path.resolve().parent
     files = [file for suffix in ("*.safetensors", "*.gguf") for file in path.glob(suffix)] if path.is_dir() else []
-    return max(files, key=lambda file: file.stat().st_size, default=path)
+    return max(filter(is_measurable, files), key=lambda file: file.stat().st_size, default=path)
 
 
 def examine(path: Path, seconds: float, console: Console) -> dict[str, Any]:

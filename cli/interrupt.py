@@ -1,12 +1,32 @@
-"""Ctrl-C as a request to stop one thing, not the program. POSIX and Windows, main thread only."""
+"""Ctrl-C as a request to stop one thing, not the program, and other keys that come at the wrong time."""
 
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+
+@contextmanager
+def keys_unseen() -> Iterator[None]:
+    """Within the block what is typed is kept for the next prompt, but not shown: it would stand amid what is written."""
+    if sys.platform == "win32" or sys.stdin is None or not sys.stdin.isatty():
+        yield
+        return
+    import termios
+
+    terminal = sys.stdin.fileno()
+    before = termios.tcgetattr(terminal)
+    silent = [*before]
+    silent[3] = before[3] & ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSANOW, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSANOW, before)
 
 
 @contextmanager

@@ -12,9 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 
+import psutil
+import typer
+
 from offload.cli.models import resolve_model
 from offload.cli.options import LoadOptions, PlanOptions
 from offload.cli.progress import Bars
+from offload.units import format_size
 
 OPENING: Final = "opening the model"
 PHASES: Final = {"load": "reading the weights"}
@@ -43,11 +47,22 @@ def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterato
     )
     with engine:
         bars.stop()
+        for note in notes(engine.plan, options):
+            typer.echo(f"offload: note: {note}", err=True)
         try:
             yield engine
         finally:
             if options.trace is not None:
                 engine.write_trace(options.trace)
+
+
+def notes(plan: Plan, options: PlanOptions) -> Iterator[str]:
+    """What the user asked for and can have, but hardly meant."""
+    machine = psutil.virtual_memory().total
+    if options.ram is not None and plan.budget_bytes > machine:
+        yield f"--ram {format_size(plan.budget_bytes)} is more than this machine has ({format_size(machine)})"
+    if plan.ctx > plan.trained_ctx:
+        yield f"--ctx {plan.ctx} is longer than the {plan.trained_ctx} tokens that the model was trained for"
 
 
 def make_plan(model: Path | None, options: PlanOptions) -> Plan:

@@ -6,6 +6,7 @@ defaults. Knows nothing of what the values do.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, fields
 from enum import Enum
@@ -16,6 +17,7 @@ import typer
 
 from offload.cli.text import user_path
 from offload.errors import UsageError
+from offload.trace import check_trace_place
 
 _DEBUG: Final = "offload.debug"
 _MEMORY: Final = "Memory and device"
@@ -38,6 +40,7 @@ def _check_trace(path: Path | None) -> Path | None:
         raise UsageError(f"--trace {path}: it is not a regular file; name a file to write")
     if not os.access(path.parent, os.W_OK):
         raise UsageError(f"--trace {path}: the folder {path.parent} is not writable; choose another place")
+    check_trace_place(path)
     return path
 
 
@@ -198,7 +201,20 @@ class AnswerOptions:
         values: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
         for name in ("json_schema", "grammar"):
             values[name] = text_or_file(f"--{name.replace('_', '-')}", getattr(self, name))
+        _check_json("--json-schema", values["json_schema"])
         return {name: value for name, value in values.items() if value is not None}
+
+
+def _check_json(label: str, text: str | None) -> None:
+    """
+    Raises:
+        UsageError: not JSON.
+    """
+    try:
+        json.loads("{}" if text is None else text)
+    except (ValueError, RecursionError) as error:
+        hint = f"; to read a file, give {label} @FILE" if text is not None and "{" not in text else ""
+        raise UsageError(f"{label}: not valid JSON ({error}){hint}") from None
 
 
 def text_or_file(label: str, value: str | None) -> str | None:

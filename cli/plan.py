@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.cli.grouping import grouped
-from offload.cli.loading import make_plan
+from offload.cli.loading import make_plan, notes
 from offload.cli.options import DebugOption, JsonOption, ModelArgument, PlanOptions
 from offload.cli.text import output_console
 from offload.units import GIB, format_duration, format_rate, format_size
@@ -41,6 +41,8 @@ def plan(
     """Show what would lie where in memory, and how fast it would run."""
     del debug
     found = make_plan(model, memory)
+    for note in notes(found, memory):
+        typer.echo(f"offload: note: {note}", err=True)
     if as_json:
         typer.echo(json.dumps(plan_json(found)))
     else:

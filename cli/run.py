@@ -66,6 +66,8 @@ def run(
     options = {**sampling.given(), **answer.given()}
     with Bars(enabled=bars_wanted(quiet=quiet or as_json)) as bars, open_engine(model, load, bars) as engine:
         completion = complete(engine, request, options, bars, show=not as_json)
+    if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
+        typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
     if as_json:
         typer.echo(json.dumps(completion_json(completion), ensure_ascii=False))
     if stats:
@@ -87,7 +89,7 @@ def read_prompt(prompt: str | None, file: Path | None) -> str:
             return file.read_text(encoding="utf-8")
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no prompt: give -p TEXT or -f FILE, or pipe one into standard input")
-        return sys.stdin.buffer.read().decode("utf-8")
+        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # `echo` and heredocs add one
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt from {file or 'standard input'} is not UTF-8 text ({error})") from error
     except OSError as error:

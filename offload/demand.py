@@ -152,6 +152,7 @@ def make_demand(
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
         ctx=ctx,
+        trained_ctx=model.config.context_length,
         prefill_tokens_per_pass=per_pass * rows,
         kv_bucket_tokens=KV_BUCKET,
         kv_bucket_bytes=bucket_bytes if lends else 0,

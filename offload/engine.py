@@ -135,7 +135,15 @@ class Engine:
             return stream.result()
 
     def chat(self, messages: Sequence[Message], **options: Any) -> Completion:
-        """The assistant's next message, through the model's chat template."""
+        """The assistant's next message, through the model's chat template.
+
+        Raises:
+            UsageError: a plain text, which `generate` completes.
+        """
+        if isinstance(messages, str):  # type: ignore[unreachable]
+            raise UsageError(
+                "chat: give messages, such as [{'role': 'user', 'content': 'Hello'}]; generate takes a text"
+            )
         return self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, *, on_prefill: OnPrefill | None = None, **options: Any) -> Stream:

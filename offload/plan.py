@@ -57,6 +57,7 @@ class Demand:
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
         compute_s: kernel time of one decoded token at the start of the context.
         attention_s: what attention adds to it at the end of a full context.
+        ctx: context length in tokens. trained_ctx: that the model was made for.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
         kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
@@ -73,6 +74,7 @@ class Demand:
     attention_s: float = 0.0
     disk_bps: float
     ctx: int
+    trained_ctx: int
     prefill_tokens_per_pass: int
     link_bps: float = 0.0
     device_fixed: Mapping[str, int] | None = None
@@ -127,6 +129,7 @@ class Plan:
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
     ctx: int
+    trained_ctx: int
     prefill_tokens_per_pass: int
     device_budget_bytes: int | None = None
     device_pinned_bytes: int = 0
@@ -386,6 +389,7 @@ def _plan(
         bank_slots=bank_slots,
         bank_bytes=bank_bytes,
         ctx=demand.ctx,
+        trained_ctx=demand.trained_ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
         device_budget_bytes=device_budget,
         device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,

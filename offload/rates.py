@@ -21,9 +21,10 @@ from offload.kernels.ggml.probe import PROBE_BYTES, measure_attention, measure_k
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
-from offload.tiers.probe import measure_disk
+from offload.tiers.probe import is_measurable, measure_disk
 
 DISK_PROBE_S: Final = 0.5
+SMALL_FILE_PROBE_S: Final = 0.05  # for each load: what it finds is not remembered
 KERNEL_PROBE_S: Final = 0.03
 HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card
 
@@ -50,8 +51,10 @@ def machine_rates(
     file = largest_file(checkpoint)
     disk, disks = device_id(file), dict(profile.disks_bps)
     if disk not in disks:
-        disks[disk] = measure_disk(file, seconds=DISK_PROBE_S)
-        _remember(replace(profile, disks_bps=disks, measured_at=_now()))
+        tells = is_measurable(file)
+        disks[disk] = measure_disk(file, seconds=DISK_PROBE_S if tells else SMALL_FILE_PROBE_S)
+        if tells:
+            _remember(replace(profile, disks_bps=disks, measured_at=_now()))
     return Rates(
         disk_bps=disks[disk],
         kernel_bps=kernels,

@@ -7,20 +7,44 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Final
 
 from offload.errors import StorageError
 from offload.telemetry import Event
+
+_HEAD: Final = b'{"traceEvents"'
+
+
+def check_trace_place(path: Path) -> None:
+    """Nothing but an earlier trace, or an empty file, is ever replaced.
+
+    Raises:
+        StorageError: something else is there.
+    """
+    path = path.resolve()
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise StorageError(f"trace {path}: not a regular file; choose another place for --trace", path=str(path))
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(_HEAD))
+    except OSError as error:
+        raise StorageError(f"trace {path}: {error.strerror}; choose another place", path=str(path)) from None
+    if head not in (b"", _HEAD):
+        raise StorageError(
+            f"trace {path}: the file is there and is no earlier trace; choose another place for --trace", path=str(path)
+        )
 
 
 def write_trace(path: Path, events: Iterable[Event]) -> None:
     """Writes complete events ("ph": "X", microseconds) with one thread a lane. A symlink's target is replaced, not the link.
 
     Raises:
-        StorageError: the file cannot be written, or is no regular file.
+        StorageError: the file cannot be written, or something that is no trace is there.
     """
+    check_trace_place(path)
     path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise StorageError(f"trace {path}: not a regular file; choose another place for --trace", path=str(path))
     lanes: dict[str, int] = {}
     rows: list[dict[str, object]] = []
     for event in events:

@@ -298,7 +298,7 @@ def test_a_timeline_opens_as_a_chrome_trace(demo: Path, tmp_path: Path) -> None:
 
 
 def test_a_trace_replaces_a_links_target_and_nothing_but_files(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text("old")
+    (tmp_path / "old.json").touch()
     (tmp_path / "link.json").symlink_to(tmp_path / "old.json")
     write_trace(tmp_path / "link.json", [])
     assert (tmp_path / "link.json").is_symlink()
@@ -306,6 +306,10 @@ def test_a_trace_replaces_a_links_target_and_nothing_but_files(tmp_path: Path) -
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(StorageError, match="not a regular file"):
         write_trace(tmp_path / "pipe", [])
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(StorageError, match="is no earlier trace"):
+        write_trace(tmp_path / "note.txt", [])
+    assert (tmp_path / "note.txt").read_text() == "mine"
     assert (tmp_path / "pipe").is_fifo()
 
 

@@ -25,7 +25,8 @@ def demand(layers: int = 8, *, embedding: int = 0, disk_bps: float = 1e9) -> Dem
     fixed = {"base": 50 * MIB, "margin": 10 * MIB, "vectors": MIB, "kv": 5 * MIB, "workspace": 7 * MIB}
     return Demand(
         blocks=blocks, groups=groups, embedding=table, fixed=fixed, compute_s=0.05, disk_bps=disk_bps,
-        ctx=512, prefill_tokens_per_pass=512,
+        ctx=512,
+        trained_ctx=8192, prefill_tokens_per_pass=512,
     )  # fmt: skip
 
 

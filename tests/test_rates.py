@@ -34,6 +34,7 @@ class Home:
         monkeypatch.setattr("offload.rates.measure_disk", self._probe("disk", DISK_BPS))
         monkeypatch.setattr("offload.rates.measure_attention", self._probe("attention", 1e-8))
         monkeypatch.setattr("offload.rates.measure_kernel", self._kernel)
+        monkeypatch.setattr("offload.rates.is_measurable", lambda _: True)
 
     def _probe(self, name: str, value: float):
         return lambda *_, seconds: self.probes.update([name]) or value
@@ -72,6 +73,13 @@ def test_a_disk_is_probed_once_and_kernels_until_doctor_has_measured_them(home: 
     assert probed == {"attention": 1} and rates.kernel_bps == {"F32": REMEMBERED_BPS}
     rates, probed = home.rates(opened, threads=default_threads() + 1)
     assert probed["F32"] == 1 and rates.kernel_bps == {"F32": KERNEL_BPS}, "measured with other threads"
+
+
+def test_what_a_small_file_tells_of_its_disk_is_not_remembered(home: Home, opened: Opened) -> None:
+    home.patch.setattr("offload.rates.is_measurable", lambda _: False)
+    for _ in range(2):
+        assert home.rates(opened)[1]["disk"] == 1
+    assert load_machine(home.path) is None
 
 
 def test_a_home_that_cannot_be_written_costs_a_probe_and_no_load(home: Home, opened: Opened) -> None:

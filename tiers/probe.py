@@ -30,6 +30,9 @@ from offload.units import KIB, MIB, align_down
 
 SIZES: Final = (128 * KIB, 1 * MIB, 2 * MIB, 8 * MIB)
 DEPTHS: Final = (1, 2, 4, 8)
+LEAST_FILE_BYTES: Final = (
+    64 * MIB
+)  # below that, the first read of a file and the disk's own cache tell more than the disk
 FILE_BYTES: Final = 512 * MIB
 
 
@@ -77,6 +80,13 @@ def measure_disk(
         return _drive(reader, path, seconds, read_bytes, 2 * workers)
     finally:
         reader.close()
+
+
+def is_measurable(path: Path) -> bool:
+    """Whether a regular file is large enough to tell the speed of its disk, and stored as a whole: holes cost nothing."""
+    status = path.stat()
+    stored = getattr(status, "st_blocks", status.st_size // 512) * 512
+    return status.st_size >= LEAST_FILE_BYTES and stored >= status.st_size // 2
 
 
 def probe_disk(path: Path, *, seconds: float = 0.25) -> DiskReport:

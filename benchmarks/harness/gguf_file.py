@@ -10,7 +10,7 @@ import numpy as np
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
 
 from harness.demo import value, vocabulary
-from harness.shapes import Shape, Tensor
+from harness.shapes import MixtureShape, Shape, Tensor
 from harness.weights import matrix, vector
 from offload.elements import element_type
 
@@ -19,7 +19,7 @@ def write_gguf(path: Path, shape: Shape, *, seed: int, alignment: int = 32) -> i
     """Writes `path` and returns its size in bytes. `alignment` is that of tensor data: 32 is what ordinary files have."""
     reader = vocabulary()
     tensors = list(shape.tensors(len(value(reader, "tokenizer.ggml.tokens"))))  # type: ignore[arg-type]
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, shape.architecture)
     if alignment != 32:
         writer.add_custom_alignment(alignment)
     _add_hyperparameters(writer, shape)
@@ -41,8 +41,8 @@ def write_gguf(path: Path, shape: Shape, *, seed: int, alignment: int = 32) -> i
 
 
 def element_of(tensor: Tensor, shape: Shape) -> str:
-    """Matrices have the model's type, vectors are F32."""
-    return shape.element if len(tensor.shape) > 1 else "F32"
+    """Matrices have the model's type, vectors and routers are F32."""
+    return shape.element if len(tensor.shape) > 1 and not tensor.is_router else "F32"
 
 
 def nbytes_of(tensor: Tensor, shape: Shape) -> int:
@@ -54,9 +54,9 @@ def _write_data(file: BinaryIO, tensors: list[Tensor], shape: Shape, rng: np.ran
     for tensor in tensors:
         file.write(bytes(-file.tell() % alignment))
         if len(tensor.shape) == 1:
-            file.write(vector(nbytes_of(tensor, shape), "F32"))
+            file.write(vector(nbytes_of(tensor, shape), "F32", tensor.fill))
             continue
-        file.writelines(matrix(shape.element, tensor.shape, rng))
+        file.writelines(matrix(element_of(tensor, shape), tensor.shape, rng))
     file.write(bytes(-file.tell() % alignment))
 
 
@@ -71,6 +71,12 @@ def _add_hyperparameters(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_rope_freq_base(shape.theta)
     writer.add_rope_dimension_count(shape.head_dim)
     writer.add_layer_norm_rms_eps(shape.epsilon)
+    if isinstance(shape, MixtureShape):
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+        writer.add_expert_count(shape.num_experts)
+        writer.add_expert_used_count(shape.num_used)
+        writer.add_expert_feed_forward_length(shape.intermediate)
 
 
 def _copy_tokenizer(writer: GGUFWriter, reader: GGUFReader) -> None:

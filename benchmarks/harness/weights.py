@@ -6,6 +6,7 @@ deviation of 1/sqrt(in_features): activations keep their size from layer to laye
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 from math import prod, sqrt
 from typing import Final, NamedTuple
@@ -34,9 +35,10 @@ _SCALES: Final = {
 SUPPORTED: Final = ("BF16", "F32", *_SCALES)
 
 
-def vector(nbytes: int, element: str) -> bytes:
-    """Ones, for norms: F32 or BF16."""
-    one = {"F32": b"\x00\x00\x80\x3f", "BF16": b"\x80\x3f"}[element]
+def vector(nbytes: int, element: str, fill: float = 1.0) -> bytes:
+    """A norm, all of whose elements are `fill`: F32, or BF16 cut off."""
+    one = struct.pack("<f", fill)
+    one = one[2:] if element == "BF16" else one
     return one * (nbytes // len(one))
 
 

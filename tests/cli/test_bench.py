@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from support.fake_engine import IO
@@ -9,6 +10,7 @@ from offload.cli.bench import summarize
 @pytest.fixture(autouse=True)
 def _disk(monkeypatch):
     monkeypatch.setattr("offload.cli.bench.measure_disk", lambda path, seconds: 2 * IO["nvme->ram"].bandwidth_bps)
+    monkeypatch.setattr("offload.cli.bench.open_checkpoint", lambda path: SimpleNamespace(files=[path]))
 
 
 def test_rows_have_speed_and_the_share_of_the_limit(invoke, engine_module, model):
@@ -40,6 +42,7 @@ def test_markdown_and_terminal_tables_hold_the_same(invoke, engine_module, model
 
 def test_nothing_to_measure_is_bad_usage(invoke, engine_module, model):
     assert invoke("bench", model, "-p", 0, "-n", 0).exit_code == 2
+    assert "give 2 or more" in invoke("bench", model, "-n", 1).stderr
 
 
 def test_a_resident_model_has_no_disk_share(fake):

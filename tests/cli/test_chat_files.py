@@ -37,10 +37,21 @@ def test_the_folder_of_named_chats_is_made_and_no_other(tmp_path):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="symlinks need a privilege there")
 def test_a_symlink_stays_and_its_target_is_written(tmp_path):
-    (tmp_path / "target.json").write_text("old")
+    save(tmp_path / "target.json", [])
     (tmp_path / "link.json").symlink_to("target.json")
     save(tmp_path / "link.json")
     assert (tmp_path / "link.json").is_symlink() and load_chat(tmp_path / "target.json")[0] == MESSAGES
+
+
+def test_nothing_but_a_saved_chat_is_replaced(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "empty").touch()
+    with pytest.raises(UsageError, match="is no saved chat"):
+        save(tmp_path / "model.gguf")
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+    for name in ("empty", "new", "new"):
+        save(tmp_path / name)
+        assert load_chat(tmp_path / name)[0] == MESSAGES
 
 
 def make_pipe(path):

@@ -9,6 +9,7 @@ from offload.cli.doctor import advice, measured_place
 from offload.cli.doctor_probe import probe_cpu, probe_kernels, probe_torch
 from offload.errors import BackendError
 from offload.machine import load_machine
+from offload.tiers.probe import LEAST_FILE_BYTES
 
 
 @pytest.fixture
@@ -62,11 +63,21 @@ def test_a_missing_path_is_bad_usage(invoke):
     assert invoke("doctor", "absent").exit_code == 2
 
 
-def test_the_largest_weight_file_of_a_folder_is_measured(tmp_path):
-    (tmp_path / "small.safetensors").write_bytes(b"1")
+def test_the_largest_weight_file_of_a_folder_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.tiers.probe.LEAST_FILE_BYTES", 2)
+    (tmp_path / "small.safetensors").write_bytes(b"12")
     (tmp_path / "large.safetensors").write_bytes(b"123")
     assert measured_place(tmp_path) == tmp_path / "large.safetensors"
     assert measured_place(tmp_path / "small.safetensors") == tmp_path / "small.safetensors"
+
+
+def test_what_is_too_small_or_full_of_holes_tells_nothing_of_its_disk(tmp_path):
+    (tmp_path / "small.gguf").write_bytes(b"GGUF")
+    with (tmp_path / "sparse.gguf").open("wb") as file:
+        file.truncate(2 * LEAST_FILE_BYTES)
+    for name in ("small.gguf", "sparse.gguf"):
+        assert measured_place(tmp_path / name) == tmp_path
+    assert measured_place(tmp_path) == tmp_path
 
 
 def test_missing_kernels_are_a_finding_not_a_failure(monkeypatch):

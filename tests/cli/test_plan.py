@@ -25,6 +25,7 @@ def demand():
         compute_s=0.2,
         disk_bps=1.5e9,
         ctx=4096,
+        trained_ctx=8192,
         prefill_tokens_per_pass=512,
     )
 

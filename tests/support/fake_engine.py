@@ -41,6 +41,8 @@ class FakePlan:
     predicted_tps: float = 0.5
     bound: str = "disk"
     ctx: int = 4096
+    trained_ctx: int = 8192
+    device_budget_bytes: int | None = None
     prefill_tokens_per_pass: int = 512
     placements: tuple[Any, ...] = (
         SimpleNamespace(key=BlockKey("weight", 0, "blk.0.ffn_up.weight"), tier="ram", nbytes=GIB),

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Final
 
-import numpy as np
-
 from offload.elements import F16, F32, ElementType
 from offload.kernels.ggml.library import load_library
 from offload.models.base import ModelConfig
-from offload.units import MIB, PAGE, align_up
+from offload.tiers.ram import Slab
+from offload.units import MIB
 
 PROBE_BYTES: Final = 192 * MIB
 FEATURES: Final = 4096
@@ -36,10 +36,13 @@ def measure_kernel(element: ElementType, threads: int, *, seconds: float = 0.15,
 
 
 def measure_attention(config: ModelConfig, kv_element: ElementType, threads: int, *, seconds: float = 0.03) -> float:
-    """Seconds that one token spends on one cached position of one layer: attention's time grows with both."""
+    """Seconds that one token spends on one cached position of one layer: attention's time grows with both.
+
+    Measured on one thread, whose best run is undisturbed also on a busy machine; heads are computed side by side.
+    """
     dim, width = config.head_dim, config.num_kv_heads * config.head_dim
     row, head = kv_element.row_bytes(width), kv_element.row_bytes(dim)
-    with _scratch(threads) as scratch:
+    with _scratch(1) as scratch:
         lib, context = scratch.lib, scratch.context
         query = lib.ggml_reshape_3d(context, scratch.tensor(F32, dim, config.num_heads), dim, config.num_heads, 1)
         key, value = (
@@ -52,7 +55,7 @@ def measure_attention(config: ModelConfig, kv_element: ElementType, threads: int
         node = lib.ggml_flash_attn_ext(
             context, lib.ggml_permute(context, query, 0, 2, 1, 3), key, value, mask, dim**-0.5, 0.0, 0.0
         )
-        return scratch.best_seconds(node, seconds) / POSITIONS
+        return scratch.best_seconds(node, seconds) / POSITIONS / min(threads, config.num_heads)
 
 
 class _Scratch:
@@ -63,19 +66,18 @@ class _Scratch:
         self.context = context
         self._backend = lib.ggml_backend_cpu_init()
         self._allocator = lib.ggml_gallocr_new(lib.ggml_backend_cpu_buffer_type())
-        self._memory: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
+        self._memory: list[Slab] = []
         self._anchors: list[int] = []
         lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
 
     def tensor(self, element: ElementType, features: int, rows: int) -> int:
         """A matrix of normal numbers."""
-        nbytes = align_up(rows * element.row_bytes(features), 64)
-        memory = np.full(nbytes + PAGE, FILL, dtype=np.uint8)
-        address = align_up(memory.ctypes.data, PAGE)
+        memory = Slab(rows * element.row_bytes(features), huge_pages=False, prefault=False)  # the heap would keep it
+        ctypes.memset(memory.address, FILL, memory.nbytes)
         tensor: int = self.lib.ggml_new_tensor_2d(self.context, element.ggml_id, features, rows)
         self._memory.append(memory)
-        self._anchors.append(self.lib.ggml_backend_cpu_buffer_from_ptr(address, nbytes))
-        self.lib.ggml_backend_tensor_alloc(self._anchors[-1], tensor, address)
+        self._anchors.append(self.lib.ggml_backend_cpu_buffer_from_ptr(memory.address, memory.nbytes))
+        self.lib.ggml_backend_tensor_alloc(self._anchors[-1], tensor, memory.address)
         return tensor
 
     def best_seconds(self, node: int, seconds: float) -> float:
@@ -95,6 +97,8 @@ class _Scratch:
             self.lib.ggml_backend_buffer_free(anchor)
         self.lib.ggml_gallocr_free(self._allocator)
         self.lib.ggml_backend_free(self._backend)
+        for memory in self._memory:
+            memory.close()
 
 
 @contextmanager
