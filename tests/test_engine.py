@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
+from support.gguf_checkpoints import SIZES_FOR_K_QUANTS, gguf_checkpoint
 
 import offload
 from offload.engine import Engine
@@ -55,6 +56,26 @@ def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeyp
     held = [nbytes for nbytes, _, _ in seen]
     assert held == sorted(set(held))
     assert plan.streamed_bytes_at(0) == 0
+    for _, tokens, logits in seen[1:]:
+        assert tokens == seen[0][1]
+        assert np.array_equal(logits, seen[0][2])
+
+
+@pytest.mark.parametrize("element", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_S", "MXFP4"])
+def test_experts_of_every_kind_have_the_same_bits_in_few_slots_and_in_the_pass(
+    element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts, where one expert gets many tokens and kernels work in tiles, and single tokens."""
+    path = gguf_checkpoint("olmoe", tmp_path, element, **SIZES_FOR_K_QUANTS, num_experts=6)
+    prompt = [3 + 7 * i % 300 for i in range(200)]
+    seen = []
+    for share in (0, 0.4, 1):
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
+        with offload.load(path, ctx=256) as engine:
+            seen.append(
+                (engine.plan.bank_slots, engine.generate(prompt, max_tokens=9, temperature=0), engine.logits(prompt))
+            )
+    assert seen[0][0] < seen[1][0] < seen[2][0] == (18,)
     for _, tokens, logits in seen[1:]:
         assert tokens == seen[0][1]
         assert np.array_equal(logits, seen[0][2])
