@@ -58,6 +58,7 @@ class Assembly:
         scale: float,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         scale_query_first: bool = False,
         qkv_bias: bool = False,
         qk_norm: Literal["heads", "whole"] | None = None,
@@ -69,6 +70,7 @@ class Assembly:
         Args:
             qkv_bias: demands biases; where not demanded they are used if present.
             qk_norm: query and key are normed, each head by itself or all at once.
+            sinks: every head has a score that carries no value.
         """
         shape, prefix = self.shape, f"blk.{layer}."
         stage = AttentionStage(
@@ -80,7 +82,13 @@ class Assembly:
             norm=self.norm(f"{prefix}attn_norm.weight"),
             qkv=self._qkv(prefix, qkv_bias),
             output=self.projection(f"{prefix}attn_output", shape.hidden_size, shape.num_heads * shape.head_dim),
-            attention=Attention(layer=layer, scale=1.0 if scale_query_first else scale, window=window, softcap=softcap),
+            attention=Attention(
+                layer=layer,
+                scale=1.0 if scale_query_first else scale,
+                window=window,
+                softcap=softcap,
+                sinks=self.vector(f"{prefix}attn_sinks.weight", shape.num_heads) if sinks else None,
+            ),
             rope=rope,
             query_norm=self._head_norm(f"{prefix}attn_q_norm.weight", shape.num_heads, qk_norm),
             key_norm=self._head_norm(f"{prefix}attn_k_norm.weight", shape.num_kv_heads, qk_norm),
@@ -191,10 +199,10 @@ class Assembly:
             return None
         return self.norm(name, self.shape.head_dim * (num_heads if kind == "whole" else 1))
 
-    def vector(self, name: str, length: int, offset: float = 0.0) -> str:
-        """Registers a stored vector and returns its name."""
-        tensor = self.tensor(name, 1)
-        self.check(tensor, name, (length,))
+    def vector(self, name: str, length: int, offset: float = 0.0, *, each: int | None = None) -> str:
+        """Registers a stored vector, or one for `each` of so many experts, and returns its name."""
+        tensor = self.tensor(name, 1 if each is None else 2)
+        self.check(tensor, name, (length,) if each is None else (each, length))
         if tensor.element.is_quantized:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: a vector of type {tensor.element} is not supported"

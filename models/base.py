@@ -22,7 +22,10 @@ from offload.models.checkpoint.base import TensorInfo
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vector:
-    """A small float32 vector: read from a tensor (plus `offset` on every element) or given as `values`."""
+    """A small float32 vector: read from a tensor (plus `offset` on every element) or given as `values`.
+
+    A tensor of two dimensions is one vector for each expert.
+    """
 
     tensor: TensorInfo | None = None
     offset: float = 0.0
@@ -60,11 +63,19 @@ class Stage(Protocol):
 
 
 class ExpertMatrices(NamedTuple):
-    """The three matrices of one expert, or what else there is one of for each: [out_features, in_features] each."""
+    """The three matrices of one expert, [out_features, in_features] each."""
 
     gate: TensorInfo
     up: TensorInfo
     down: TensorInfo
+
+
+class ExpertBiases(NamedTuple):
+    """Names of vectors [num_experts, out_features] that are added to the products with an expert's matrices."""
+
+    gate: str
+    up: str
+    down: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,12 +84,14 @@ class ExpertLayer:
 
     Attributes:
         experts: the matrices of each. num_used: how many a token needs.
+        biases: always resident, as all vectors; or None.
     """
 
     layer: int
     num_used: int
     activation: Activation
     experts: tuple[ExpertMatrices, ...]
+    biases: ExpertBiases | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from offload.kernels.ops import Activation, Routing
 from offload.models.assembly import Assembly
-from offload.models.base import ExpertLayer, ExpertMatrices
+from offload.models.base import ExpertBiases, ExpertLayer, ExpertMatrices
 from offload.models.checkpoint.base import TensorInfo
 from offload.models.layers import Norm, Projection
 from offload.models.mixture import MixStage, RouterStage, SharedExpert
@@ -60,6 +60,7 @@ def add_mixture(
         num_used=routing.num_used,
         activation=activation,
         experts=_matrices(parts, prefix, routing.num_experts, width),
+        biases=_biases(parts, prefix, routing.num_experts, width),
     )
     normed = parts.norm(f"{prefix}{norm}.weight")
     parts.mixture(
@@ -90,6 +91,13 @@ def _matrices(parts: Assembly, prefix: str, count: int, width: int) -> tuple[Exp
         gates, ups = (_role(parts, prefix, role, (count, width, hidden)) for role in ("ffn_gate", "ffn_up"))
     downs = _role(parts, prefix, "ffn_down", (count, hidden, width))
     return tuple(ExpertMatrices(*three) for three in zip(gates, ups, downs, strict=True))
+
+
+def _biases(parts: Assembly, prefix: str, count: int, width: int) -> ExpertBiases | None:
+    if f"{prefix}ffn_down_exps.bias" not in parts:
+        return None
+    gate, up = (parts.vector(f"{prefix}{role}_exps.bias", width, each=count) for role in ("ffn_gate", "ffn_up"))
+    return ExpertBiases(gate, up, parts.vector(f"{prefix}ffn_down_exps.bias", parts.shape.hidden_size, each=count))
 
 
 def _role(parts: Assembly, prefix: str, role: str, shape: tuple[int, int, int]) -> list[TensorInfo]:

@@ -10,6 +10,7 @@ from offload.models import (
     gemma2,
     gemma3,
     glm4_moe,
+    gpt_oss,
     granite,
     granitemoe,
     llama,
@@ -41,6 +42,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma3": Family(gemma3.build, gemma3.DEFAULTS),
     "gemma3_text": Family(gemma3.build, gemma3.DEFAULTS),
     "glm4_moe": Family(glm4_moe.build, glm4_moe.DEFAULTS),
+    "gpt_oss": Family(gpt_oss.build, gpt_oss.DEFAULTS),
     "granite": Family(granite.build, granite.DEFAULTS),
     "granitemoe": Family(granitemoe.build, granitemoe.DEFAULTS),
     "llama": Family(llama.build, llama.DEFAULTS),
@@ -55,7 +57,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "smollm3": Family(smollm3.build, smollm3.DEFAULTS),
 }
 """By `model_type` of a config.json, which most often is `general.architecture` of a GGUF too."""
-GGUF_FAMILIES: Final = {"glm4moe": "glm4_moe", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+GGUF_FAMILIES: Final = {"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
 """By `general.architecture`, where that is another name."""
 
 

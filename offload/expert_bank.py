@@ -88,4 +88,4 @@ def _windows(matrices: ExpertMatrices) -> tuple[int, int, int]:
 
 def _kind(layer: ExpertLayer) -> tuple[object, ...]:
     shapes = tuple((matrix.element.name, matrix.shape) for matrix in layer.experts[0])
-    return (layer.num_used, layer.activation, shapes)
+    return (len(layer.experts), layer.num_used, layer.activation, layer.biases is None, shapes)

@@ -72,13 +72,29 @@ def test_experts_of_every_kind_have_the_same_bits_in_few_slots_and_in_the_pass(
     for share in (0, 0.4, 1):
         monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
         with offload.load(path, ctx=256) as engine:
-            seen.append(
-                (engine.plan.bank_slots, engine.generate(prompt, max_tokens=9, temperature=0), engine.logits(prompt))
-            )
+            answer = engine.generate(prompt, max_tokens=9, temperature=0)
+            seen.append((engine.plan.bank_slots, answer.tokens, engine.logits(prompt)))
     assert seen[0][0] < seen[1][0] < seen[2][0] == (18,)
     for _, tokens, logits in seen[1:]:
         assert tokens == seen[0][1]
         assert np.array_equal(logits, seen[0][2])
+
+
+def test_experts_with_biases_have_the_same_bits_at_every_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = gguf_checkpoint("gpt_oss", tmp_path)
+    seen = []
+    for share in (0, 0.4, 1):
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
+        with offload.load(path, ctx=64, kv_type="f32") as engine:
+            seen.append((engine.generate(TOKENS, max_tokens=9, temperature=0).tokens, engine.logits(TOKENS)))
+    with offload.load(path, ctx=64, device="torch:cpu", kv_type="f32") as engine:
+        torch_logits = engine.logits(TOKENS)
+    for tokens, logits in seen[1:]:
+        assert tokens == seen[0][0]
+        assert np.array_equal(logits, seen[0][1])
+    assert np.abs(torch_logits - seen[0][1]).max() <= 1e-4 * np.ptp(torch_logits)
 
 
 def test_matrices_in_parts_give_the_bits_of_whole_ones(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

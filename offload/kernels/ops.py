@@ -10,11 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, TypeVar
+from typing import Final, Literal, Protocol, TypeVar
 
 T = TypeVar("T")
 
-Activation = Literal["silu", "gelu_tanh", "gelu"]
+Activation = Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"]
+"""Of a gated unit. "swiglu_oai" is gpt-oss's: both halves clamped, one added to the upper one; see `SWIGLU_ALPHA`."""
+SWIGLU_ALPHA: Final = 1.702
+SWIGLU_LIMIT: Final = 7.0
+"""`min(gate, limit) * sigmoid(alpha * min(gate, limit)) * (clamp(up, -limit, limit) + 1)` (gpt-oss, arXiv 2508.10925)."""
 Scoring = Literal["softmax", "sigmoid", "softmax_of_chosen"]
 
 
@@ -49,12 +53,14 @@ class Attention:
         scale: factor on the query-key products.
         window: a query at position p sees keys at positions in (p - window, p]; None sees all up to p.
         softcap: scores become `softcap * tanh(score / softcap)` before the softmax; None leaves them.
+        sinks: name of a vector [num_heads] of scores that take part in each head's softmax and carry no value; or None.
     """
 
     layer: int
     scale: float
     window: int | None = None
     softcap: float | None = None
+    sinks: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +137,7 @@ class Ops(Protocol[T]):
         ...
 
     def glu(self, gate: T, up: T, activation: Activation) -> T:
-        """`activation(gate) * up`, elementwise (Shazeer, arXiv 2002.05202)."""
+        """`activation(gate) * up`, elementwise (Shazeer, arXiv 2002.05202); see `Activation`."""
         ...
 
     def sigmoid_gate(self, x: T, gate: T) -> T:

@@ -9,7 +9,15 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from support.checkpoints import FAMILIES, LINEAR_SCALING, LLAMA3_SCALING, VOCAB, YARN_SCALING, longrope_scaling
+from support.checkpoints import (
+    GGUF_FAMILIES,
+    LINEAR_SCALING,
+    LLAMA3_SCALING,
+    VOCAB,
+    YARN_SCALING,
+    longrope_scaling,
+    tiny_model,
+)
 from support.gguf_checkpoints import SIZES_FOR_K_QUANTS, gguf_checkpoint
 from support.running import PlainRunner, relative_error
 
@@ -40,11 +48,19 @@ def check(path: Path, tolerance: float, ctx: int = 256) -> None:
     assert relative_error(PlainRunner(model, ctx).logits(PROMPT), expected) <= tolerance
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", GGUF_FAMILIES)
 def test_family_agrees_with_llama_cpp(family: str, tmp_path: Path) -> None:
     path = gguf_checkpoint(family, tmp_path)
     assert default_context(open_checkpoint(path)) == 256
     check(path, TOLERANCE.get(family, 1e-4))
+
+
+def test_gpt_oss_agrees_with_transformers(tmp_path: Path) -> None:
+    model = tiny_model("gpt_oss")
+    with torch.no_grad():
+        expected = model(torch.tensor([PROMPT])).logits[0]
+    found = build_model(open_checkpoint(gguf_checkpoint("gpt_oss", tmp_path)), 256)
+    assert relative_error(PlainRunner(found, 256).logits(PROMPT), expected) <= 1e-4
 
 
 LONGROPE: dict[str, Any] = {"rope_parameters": longrope_scaling(16), "sliding_window": None}

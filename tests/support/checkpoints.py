@@ -14,6 +14,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM
 
 VOCAB = 320
+YARN_SCALING = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 _COMMON = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
@@ -70,6 +71,18 @@ _MIXTURES: dict[str, dict[str, Any]] = {
 _OWN |= _MIXTURES
 FAMILIES = tuple(_OWN)
 MIXTURES = tuple(_MIXTURES)
+_GGUF_ONLY: dict[str, dict[str, Any]] = {
+    "gpt_oss": {
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "head_dim": 32,
+        "sliding_window": 5,
+        "rope_parameters": YARN_SCALING,
+    },
+}
+_OWN |= _GGUF_ONLY
+GGUF_FAMILIES = tuple(_OWN)
+"""Those that run from GGUF files, some of them from nothing else."""
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",
@@ -80,7 +93,6 @@ LLAMA3_SCALING = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_SCALING = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-YARN_SCALING = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
 
 def longrope_scaling(dims: int) -> dict[str, Any]:

@@ -21,8 +21,8 @@ from support.checkpoints import tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 _ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe",
-                  "qwen3_moe": "qwen3moe", "glm4_moe": "glm4moe"}  # fmt: skip
-_GGUF_NAMES = {"granitemoe": "GRANITE_MOE", "glm4moe": "GLM4_MOE"}  # of gguf's own constants
+                  "qwen3_moe": "qwen3moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss"}  # fmt: skip
+_GGUF_NAMES = {"granitemoe": "GRANITE_MOE", "glm4moe": "GLM4_MOE", "gpt-oss": "GPT_OSS"}  # of gguf's own constants
 _PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # rotated pairs are stored as neighbours
 SIZES_FOR_K_QUANTS = {"hidden_size": 256, "intermediate_size": 512}
 
@@ -46,7 +46,7 @@ def gguf_checkpoint(family: str, folder: Path, element: str = "F32", **overrides
         converted = _convert(architecture, model.config, name, tensor).numpy()
         renamed = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert renamed is not None, name
-        kept = converted.ndim == 1 or "ffn_gate_inp" in renamed
+        kept = converted.ndim == 1 or renamed.endswith("bias") or "ffn_gate_inp" in renamed
         _add_tensor(writer, renamed, converted, "F32" if kept else element)
     _write_rope_factors(writer, model.config)
     writer.write_header_to_file()
@@ -71,11 +71,21 @@ def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         match = re.fullmatch(r"(.*\.experts)\.([0-9]+)(\..*)", name)
         if match is not None:
             groups[match[1] + match[3]][int(match[2])] = tensor
+        elif ".experts.gate_up_proj" in name:  # gpt-oss: gate and up alternate, and matrices are transposed
+            suffix = "bias" if name.endswith("bias") else "weight"
+            for role, values in (("gate", tensor[..., ::2]), ("up", tensor[..., 1::2])):
+                prefix = name.split("gate_up_proj")[0]
+                result[f"{prefix}{role}_proj.{suffix}"] = values if suffix == "bias" else values.mT.contiguous()
+        elif name.endswith(".experts.down_proj_bias"):
+            result[name.replace("_bias", ".bias")] = tensor
+        elif name.endswith(".experts.down_proj"):
+            result[f"{name}.weight"] = tensor.mT.contiguous()
         elif name.endswith("block_sparse_moe.input_linear.weight"):
             gate, up = tensor.chunk(2, dim=1)
             prefix = name.removesuffix("input_linear.weight")
             result |= {f"{prefix}experts.w1.weight": gate, f"{prefix}experts.w3.weight": up}
         else:
+            name = f"{name}.weight" if name.endswith(".sinks") else name
             result[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
     stacked = {name: torch.stack([parts[index] for index in sorted(parts)]) for name, parts in groups.items()}
     return result | stacked
@@ -139,7 +149,7 @@ def _write_metadata(writer: GGUFWriter, architecture: str, config: Any) -> None:
     writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
     _write_rope(writer, config, head_dim)
-    if architecture in ("gemma2", "gemma3", "phi3") and config.sliding_window:
+    if architecture in ("gemma2", "gemma3", "phi3", "gpt-oss") and config.sliding_window:
         writer.add_sliding_window(config.sliding_window)
     if architecture == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
@@ -158,6 +168,8 @@ def _write_metadata(writer: GGUFWriter, architecture: str, config: Any) -> None:
 def _write_experts(writer: GGUFWriter, architecture: str, config: Any) -> None:
     writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
+    if architecture == "gpt-oss":
+        writer.add_expert_feed_forward_length(config.intermediate_size)
     if architecture in ("qwen2moe", "qwen3moe", "glm4moe"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if architecture == "qwen2moe":

@@ -58,7 +58,7 @@ class PlainRunner:
         experts = self.model.experts[layer]
         for number in ops.routed[layer].experts.unique().tolist():
             matrices = [read_tensor(matrix) for matrix in experts.experts[number]]
-            ops.expert(layer, experts.activation, number, matrices)
+            ops.expert(experts, number, matrices)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

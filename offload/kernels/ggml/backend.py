@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from math import prod
 from time import perf_counter
 from typing import Final
 
@@ -74,7 +73,7 @@ class GgmlBackend:
         self._make_matrices()
         self._make_cache()
         self._vectors: dict[str, Floats] = {}
-        self._experts = ExpertLayers(self._lib, model, self._anchored)
+        self._experts = ExpertLayers(self._lib, model, self._anchored, lambda name: self._cells[name].value)
         self._few: Workspace[Graph] = Workspace(self._lib)
         self._prompts: list[Workspace[Graph]] = [
             Workspace(self._lib)
@@ -267,8 +266,9 @@ class GgmlBackend:
                 )
                 self._part_cells[key] = self._anchored(self._parts[key])
         for name, vector in self._model.vectors.items():
-            count = len(vector.values) if vector.tensor is None else prod(vector.tensor.shape)
-            self._adopt(name, lib.ggml_new_tensor_1d(self._tensors, F32.ggml_id, count))
+            shape = (len(vector.values),) if vector.tensor is None else vector.tensor.shape
+            rows, length = (1, *shape)[-2:]
+            self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, F32.ggml_id, length, rows))
 
     def _is_contiguous(self, keys: Sequence[BlockKey]) -> bool:
         """Whether the parts of a matrix lie as they do in the file, so that they can be used as one."""

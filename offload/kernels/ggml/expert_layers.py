@@ -13,7 +13,7 @@ import numpy as np
 
 from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
 from offload.kernels.batch import ExpertPlace, Ints
-from offload.kernels.ggml.experts import Anchor, ExpertKernels, Routed, routing_memory, routing_nbytes
+from offload.kernels.ggml.experts import Anchor, Chosen, ExpertKernels, Routed, Where, routing_memory, routing_nbytes
 from offload.kernels.ggml.library import FLOAT_BYTES, STATUS_SUCCESS, Library
 from offload.kernels.ggml.routing import Choice
 from offload.kernels.ggml.workspace import WorkspaceNeeds
@@ -21,11 +21,17 @@ from offload.models.base import ExpertLayer, Model
 
 
 class ExpertLayers:
-    """See the module. A micro-batch is given by the number of its workspace: 0 is that of a few tokens."""
+    """See the module. A micro-batch is given by the number of its workspace: 0 is that of a few tokens.
 
-    def __init__(self, library: Library, model: Model, anchor: Anchor) -> None:
+    Args:
+        anchor: marks a tensor as living in our memory; returns the cell that moves it.
+        address: where a vector lies.
+    """
+
+    def __init__(self, library: Library, model: Model, anchor: Anchor, address: Callable[[str], int]) -> None:
         self._lib = library
         self._anchor = anchor
+        self._address = address
         self._layers = model.experts
         self._hidden_size = model.config.hidden_size
         self._order = {layer: index for index, layer in enumerate(model.experts)}
@@ -54,7 +60,7 @@ class ExpertLayers:
         self._memory.clear()  # what experts return needs room of its own now
         experts = self._layers[layer]
         kinds = tuple((matrix.element.name, matrix.shape) for matrix in experts.experts[0])
-        bank = (place.address, experts.num_used, experts.activation, kinds)
+        bank = (place.address, len(experts.experts), experts.num_used, experts.activation, kinds)
         if bank not in self._by_bank:
             self._by_bank[bank] = ExpertKernels(self._lib, self._anchor, experts, place, self._hidden_size)
         self._kernels[layer] = self._by_bank[bank]
@@ -85,17 +91,17 @@ class ExpertLayers:
 
     def compute(self, backend: int, number: int, layer: int, tokens: int, slots: Mapping[int, int]) -> int:
         """Computes the experts in `slots` for the tokens that chose them; ggml's status."""
-        kernels, place, memory = self._kernels[layer], self._places[layer], self._memory_of(number)
+        kernels, where = self._kernels[layer], self._where(number, layer)
         ids = self.routed(number, layer, tokens).reshape(-1)
         if tokens == 1:
-            chosen = [(slots[expert], rank) for rank, expert in enumerate(ids.tolist()) if expert in slots]
-            if not chosen:
-                return STATUS_SUCCESS
-            return kernels.run_token(backend, place, memory, *zip(*chosen, strict=True))
+            chosen = [
+                Chosen(expert, slots[expert], rank) for rank, expert in enumerate(ids.tolist()) if expert in slots
+            ]
+            return kernels.run_token(backend, where, chosen) if chosen else STATUS_SUCCESS
         for expert, slot in slots.items():
             pairs = np.flatnonzero(ids == expert)
             if len(pairs):
-                status = kernels.run_expert(backend, place, memory, slot, pairs)
+                status = kernels.run_expert(backend, where, expert, slot, pairs)
                 if status != STATUS_SUCCESS:
                     return status
         return STATUS_SUCCESS
@@ -130,6 +136,10 @@ class ExpertLayers:
     def anchor(self, tensor: int, address: int) -> None:
         """Lets a tensor live at `address` for good."""
         self._anchor(tensor).value = address
+
+    def _where(self, number: int, layer: int) -> Where:
+        biases = self._layers[layer].biases or ()
+        return Where(self._places[layer], self._memory_of(number), [self._address(name) for name in biases])
 
     def _memory_of(self, number: int) -> Routed:
         if number not in self._memory:

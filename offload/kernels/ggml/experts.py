@@ -21,12 +21,13 @@ import numpy.typing as npt
 from offload.config import MICRO_BATCH_TOKENS
 from offload.elements import F32
 from offload.kernels.batch import ExpertPlace
-from offload.kernels.ggml.library import FLOAT_BYTES, GLU_OPS, I32, I64, Library
+from offload.kernels.ggml.library import FLOAT_BYTES, I32, I64, Library
 from offload.kernels.ggml.workspace import Workspace
+from offload.kernels.ops import Activation
 from offload.models.base import ExpertLayer
 
 MAX_GRAPHS: Final = MICRO_BATCH_TOKENS  # one for every number of tokens that an expert may get
-_TENSORS: Final = 24
+_TENSORS: Final = 32
 
 Anchor = Callable[[int], ctypes.c_uint64]
 
@@ -45,6 +46,42 @@ class Routed(NamedTuple):
     returned: npt.NDArray[np.float32]
 
 
+class Where(NamedTuple):
+    """Where the experts of a layer lie, the memory of the micro-batch's routing, and addresses of the layer's biases."""
+
+    place: ExpertPlace
+    routed: Routed
+    biases: Sequence[int]
+
+
+class Chosen(NamedTuple):
+    """An expert of a token: its number in the layer, its slot, and its place in the choice."""
+
+    expert: int
+    slot: int
+    rank: int
+
+
+def expert_nodes(
+    lib: Any, context: int, activation: Activation, matrices: Sequence[int], x: int, which: int,
+    biases: Sequence[int] | None, experts: int,
+) -> int:  # fmt: skip
+    """Records the gated feed-forwards of chosen experts, in llama.cpp's order.
+
+    Args:
+        matrices: tensors of gate, up and down. x: [num_tokens, 1, hidden_size].
+        which: for each token, the indices of the matrices to use.
+        biases: tensors [num_experts, out_features], or None; `experts` are the indices into them, shaped as `which`.
+    """
+
+    def product(role: int, factor: int) -> int:
+        node: int = lib.ggml_mul_mat_id(context, matrices[role], factor, which)
+        return node if biases is None else int(lib.ggml_add_id(context, node, biases[role], experts))
+
+    raised, gated = product(1, x), product(0, x)
+    return product(2, lib.gated_unit(context, gated, raised, activation))
+
+
 @dataclass(slots=True)
 class _Graph:
     """A graph over `count` experts of a token or tokens of an expert, and the arrays that its leaves read."""
@@ -53,6 +90,7 @@ class _Graph:
     graph: int
     x: ctypes.c_uint64
     returned: ctypes.c_uint64
+    experts: npt.NDArray[np.int32]
     slots: npt.NDArray[np.int32]
     tokens: npt.NDArray[np.int32]
     targets: npt.NDArray[np.int64]
@@ -66,40 +104,30 @@ class ExpertKernels:
     ) -> None:
         self._lib = library
         self._anchor = anchor
-        self._activation = GLU_OPS[layer.activation]
+        self._activation = layer.activation
         self._num_used = layer.num_used
         self._hidden_size = hidden_size
-        self._place = place
-        self._context = library.context(8 * library.ggml_tensor_overhead())
+        self._context = library.context(12 * library.ggml_tensor_overhead())
         self._banks = self._tensors(layer, place.num_slots, place.stride)
         self._singles = self._tensors(layer, 1, place.stride)
+        self._biases = self._bias_tensors(layer)
         self._workspace: Workspace[_Graph] = Workspace(library, MAX_GRAPHS)
 
-    def run_token(
-        self, backend: int, place: ExpertPlace, routed: Routed, slots: Sequence[int], ranks: Sequence[int]
-    ) -> int:
-        """Computes the experts in `slots` for the only token; `ranks` are their places in its choice. ggml's status."""
-        graph = self._graph(len(slots), single=False)
-        self._point(self._banks, place.address, place.offsets)
-        graph.slots[:] = slots
-        graph.targets[:] = ranks
-        return self._compute(backend, graph, routed)
+    def run_token(self, backend: int, where: Where, chosen: Sequence[Chosen]) -> int:
+        """Computes some of the experts of the only token; ggml's status."""
+        graph = self._graph(len(chosen), single=False)
+        self._point(self._banks, where.place.address, where.place.offsets)
+        graph.experts[:], graph.slots[:], graph.targets[:] = zip(*chosen, strict=True)
+        return self._compute(backend, graph, where)
 
-    def run_expert(
-        self, backend: int, place: ExpertPlace, routed: Routed, slot: int, pairs: npt.NDArray[np.int64]
-    ) -> int:
+    def run_expert(self, backend: int, where: Where, expert: int, slot: int, pairs: npt.NDArray[np.int64]) -> int:
         """Computes one expert for the pairs of token and rank, token * num_used + rank, that it was chosen for."""
         graph = self._graph(len(pairs), single=True)
-        self._point(self._singles, place.address + slot * place.stride, place.offsets)
+        self._point(self._singles, where.place.address + slot * where.place.stride, where.place.offsets)
+        graph.experts[:] = expert
         graph.tokens[:] = pairs // self._num_used
         graph.targets[:] = pairs
-        return self._compute(backend, graph, routed)
-
-    def reserve(self, tokens: int) -> int:
-        """Builds the largest graphs once, and tells how many bytes they need beside what is always there."""
-        for count, single in ((self._num_used, False), (tokens, True)):
-            self._graph(count, single=single)
-        return self._workspace.nbytes
+        return self._compute(backend, graph, where)
 
     def release(self) -> None:
         """Drops graphs and their memory; later ones take it anew."""
@@ -119,14 +147,24 @@ class ExpertKernels:
             tensors.append((tensor, self._anchor(tensor)))
         return tensors
 
+    def _bias_tensors(self, layer: ExpertLayer) -> list[tuple[int, ctypes.c_uint64]]:
+        if layer.biases is None:
+            return []
+        tensors = [
+            self._lib.ggml_new_tensor_2d(self._context, F32.ggml_id, matrix.shape[0], len(layer.experts))
+            for matrix in layer.experts[0]
+        ]
+        return [(tensor, self._anchor(tensor)) for tensor in tensors]
+
     @staticmethod
     def _point(tensors: Sequence[tuple[int, ctypes.c_uint64]], address: int, offsets: Sequence[int]) -> None:
         for (_, cell), offset in zip(tensors, offsets, strict=True):
             cell.value = address + offset
 
-    def _compute(self, backend: int, graph: _Graph, routed: Routed) -> int:
-        graph.x.value = routed.x.ctypes.data
-        graph.returned.value = routed.returned.ctypes.data
+    def _compute(self, backend: int, graph: _Graph, where: Where) -> int:
+        self._point(self._biases, 0, where.biases)
+        graph.x.value = where.routed.x.ctypes.data
+        graph.returned.value = where.routed.returned.ctypes.data
         return int(self._lib.ggml_backend_graph_compute(backend, graph.graph))
 
     def _graph(self, count: int, *, single: bool) -> _Graph:
@@ -140,28 +178,28 @@ class ExpertKernels:
         lib: Any = self._lib
         context = lib.context(_TENSORS * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(_TENSORS, False))
         graph = lib.ggml_new_graph_custom(context, _TENSORS, False)
-        slots, tokens = np.zeros(count, np.int32), np.zeros(count, np.int32)
+        experts, slots, tokens = (np.zeros(count, np.int32) for _ in range(3))
         targets = np.zeros(count, np.int64)
         rows = MICRO_BATCH_TOKENS if single else 1
         x = lib.ggml_new_tensor_3d(context, F32.ggml_id, self._hidden_size, rows, 1)
         x_cell = self._anchor(x)
         returned = lib.ggml_new_tensor_2d(context, F32.ggml_id, self._hidden_size, rows * self._num_used)
         self._anchor(returned)
-        which = self._array(lib.ggml_new_tensor_2d(context, I32, *((1, count) if single else (count, 1))), slots)
+        chosen = (1, count) if single else (count, 1)
+        which = self._array(lib.ggml_new_tensor_2d(context, I32, *chosen), slots)
+        names = self._array(lib.ggml_new_tensor_2d(context, I32, *chosen), experts)
         where = self._array(lib.ggml_new_tensor_1d(context, I64, count), targets)
         if single:
             x = lib.ggml_get_rows(context, x, self._array(lib.ggml_new_tensor_1d(context, I32, count), tokens))
             x = lib.ggml_reshape_3d(context, x, self._hidden_size, 1, count)
         (gate, _), (up, _), (down, _) = self._singles if single else self._banks
-        raised = lib.ggml_mul_mat_id(context, up, x, which)
-        gated = lib.ggml_mul_mat_id(context, gate, x, which)
-        hidden = lib.ggml_glu_split(context, gated, raised, self._activation)
-        result = lib.ggml_mul_mat_id(context, down, hidden, which)
+        biases = [tensor for tensor, _ in self._biases] or None
+        result = expert_nodes(lib, context, self._activation, (gate, up, down), x, which, biases, names)
         flat = lib.ggml_reshape_2d(context, result, self._hidden_size, count)
         scattered = lib.ggml_set_rows(context, returned, flat, where)  # a view, which has a data pointer of its own
         lib.ggml_build_forward_expand(graph, scattered)
         self._workspace.allocate(graph)
-        return _Graph((context,), graph, x_cell, lib.data_cell(scattered), slots, tokens, targets)
+        return _Graph((context,), graph, x_cell, lib.data_cell(scattered), experts, slots, tokens, targets)
 
     def _array(self, tensor: int, values: npt.NDArray[Any]) -> int:
         """A leaf that reads `values` for good."""

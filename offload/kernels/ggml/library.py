@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Final
 
 from offload.errors import BackendError
+from offload.kernels.ops import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation
 
 
 class _InitParams(Structure):
@@ -78,6 +79,8 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_clamp": (_P, (_P, _P, _F, _F)),
     "ggml_div": (_P, (_P, _P, _P)),
     "ggml_fill": (_P, (_P, _P, _F)),
+    "ggml_add_id": (_P, (_P, _P, _P, _P)),
+    "ggml_swiglu_oai": (_P, (_P, _P, _P, _F, _F)),
     "ggml_mul": (_P, (_P, _P, _P)),
     "ggml_add": (_P, (_P, _P, _P)),
     "ggml_scale": (_P, (_P, _P, _F)),
@@ -95,6 +98,7 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_view_2d": (_P, (_P, _P, _L, _L, _Z, _Z)),
     "ggml_view_3d": (_P, (_P, _P, _L, _L, _L, _Z, _Z, _Z)),
     "ggml_flash_attn_ext": (_P, (_P, _P, _P, _P, _P, _F, _F, _F)),
+    "ggml_flash_attn_ext_add_sinks": (None, (_P, _P)),
     "ggml_prec_set_acc": (c_bool, (_P, _I)),
     "ggml_gallocr_new": (_P, (_P,)),
     "ggml_gallocr_free": (None, (_P,)),
@@ -218,6 +222,12 @@ class Library:
         """Lets the `count` matrices of a tensor lie `stride` bytes apart."""
         strides = (c_uint64 * 4).from_address(tensor + self.strides_offset)
         strides[2], strides[3] = stride, stride * count
+
+    def gated_unit(self, context: int, gate: int, up: int, activation: Activation) -> int:
+        """`Ops.glu` of two tensors, as a node."""
+        if activation == "swiglu_oai":
+            return int(self.ggml_swiglu_oai(context, gate, up, SWIGLU_ALPHA, SWIGLU_LIMIT))
+        return int(self.ggml_glu_split(context, gate, up, GLU_OPS[activation]))
 
     def data_cell(self, tensor: int) -> c_uint64:
         """The tensor's data pointer, writable: `cell.value = address` moves the tensor."""

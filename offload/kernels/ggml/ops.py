@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 from offload.elements import F32
-from offload.kernels.ggml.library import FLOAT_BYTES, GLU_OPS, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
+from offload.kernels.ggml.experts import expert_nodes
+from offload.kernels.ggml.library import FLOAT_BYTES, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
 from offload.kernels.ggml.routing import Choice, Recorder
 from offload.kernels.ops import Activation, Attention, Rope, Routing
 from offload.models.base import ExpertLayer
@@ -176,13 +177,15 @@ class GgmlOps:
             0.0,  # no ALiBi
             attention.softcap or 0.0,
         )
+        if attention.sinks is not None:
+            lib.ggml_flash_attn_ext_add_sinks(tensor, self._weight(attention.sinks))
         lib.ggml_prec_set_acc(tensor, PREC_F32)
         features = num_heads * dim
         return self._dense(lib.ggml_reshape_2d(ctx, tensor, features, num_tokens), (num_tokens, features))
 
     def glu(self, gate: Node, up: Node, activation: Activation) -> Node:
         """`activation(gate) * up` in one kernel."""
-        return self._dense(self._lib.ggml_glu_split(self._ctx, gate.tensor, up.tensor, GLU_OPS[activation]), gate.shape)
+        return self._dense(self._lib.gated_unit(self._ctx, gate.tensor, up.tensor, activation), gate.shape)
 
     def sigmoid_gate(self, x: Node, gate: Node) -> Node:
         """`x * sigmoid(gate)`, one factor for each token."""
@@ -212,7 +215,7 @@ class GgmlOps:
             returned = self._lib.ggml_new_tensor_3d(self._ctx, F32.ggml_id, hidden_size, experts.num_used, tokens)
             self._experts.returned(returned)
         else:
-            returned = self._compute(resident, choice, experts.activation, hidden_size)
+            returned = self._compute(resident, choice, experts, hidden_size)
         mixed = self._recorder.mix(returned, choice.weights, hidden_size, experts.num_used, tokens)
         return self._dense(mixed, (tokens, hidden_size))
 
@@ -221,13 +224,10 @@ class GgmlOps:
         assert self._experts_or_none is not None, "a graph without experts"
         return self._experts_or_none
 
-    def _compute(self, matrices: tuple[int, int, int], choice: Choice, activation: Activation, hidden_size: int) -> int:
-        lib, ctx, (gate, up, down) = self._lib, self._ctx, matrices
-        x = lib.ggml_reshape_3d(ctx, choice.x, hidden_size, 1, choice.num_tokens)
-        raised = lib.ggml_mul_mat_id(ctx, up, x, choice.ids)
-        gated = lib.ggml_mul_mat_id(ctx, gate, x, choice.ids)
-        hidden = lib.ggml_glu_split(ctx, gated, raised, GLU_OPS[activation])
-        return int(lib.ggml_mul_mat_id(ctx, down, hidden, choice.ids))
+    def _compute(self, matrices: tuple[int, int, int], choice: Choice, layer: ExpertLayer, hidden_size: int) -> int:
+        x = self._lib.ggml_reshape_3d(self._ctx, choice.x, hidden_size, 1, choice.num_tokens)
+        biases = None if layer.biases is None else [self._weight(name) for name in layer.biases]
+        return expert_nodes(self._lib, self._ctx, layer.activation, matrices, x, choice.ids, biases, choice.ids)
 
     def output_rows(self, x: Node) -> Node:
         """The rows whose logits are wanted."""

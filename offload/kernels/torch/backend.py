@@ -149,7 +149,7 @@ class TorchBackend:
                 )
                 for offset, info in zip(place.offsets, experts.experts[expert], strict=True)
             ]
-            self._ops[batch].expert(layer, experts.activation, expert, matrices)
+            self._ops[batch].expert(experts, expert, matrices)
         return perf_counter() - start
 
     def logits(self, batch: int) -> Floats:

@@ -12,9 +12,10 @@ from typing import Final
 import torch
 from torch.nn import functional
 
-from offload.kernels.ops import Activation, Attention, Ops, Rope, Routing
+from offload.kernels.ops import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, Attention, Ops, Rope, Routing
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.routing import Routed, Weights, choose
+from offload.models.base import ExpertLayer
 
 _ACTIVATIONS: Final[dict[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": functional.silu,
@@ -89,14 +90,23 @@ class TorchOps(Ops[torch.Tensor]):
         q = query.transpose(0, 1)
         k, v = (past.transpose(0, 1).repeat_interleave(group, dim=0) for past in (keys, values))
         mask = self._mask(attention.window)
-        if attention.softcap is None:
+        if attention.softcap is None and attention.sinks is None:
             mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
         else:
-            scores = self.softcap(q @ k.transpose(1, 2) * attention.scale, attention.softcap)
-            mixed = scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+            scores = q @ k.transpose(1, 2) * attention.scale
+            if attention.softcap is not None:
+                scores = self.softcap(scores, attention.softcap)
+            scores = scores.masked_fill(~mask, -torch.inf)
+            if attention.sinks is not None:
+                sinks = self._weights(attention.sinks)[:, None, None].expand(-1, scores.shape[1], 1)
+                scores = torch.cat((scores, sinks), dim=-1)
+            mixed = scores.softmax(-1)[..., : v.shape[1]] @ v
         return mixed.transpose(0, 1).flatten(1)
 
     def glu(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        if activation == "swiglu_oai":
+            gate = gate.clamp(max=SWIGLU_LIMIT)
+            return gate * (gate * SWIGLU_ALPHA).sigmoid() * (up.clamp(-SWIGLU_LIMIT, SWIGLU_LIMIT) + 1)
         return _ACTIVATIONS[activation](gate) * up
 
     def sigmoid_gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
@@ -108,15 +118,20 @@ class TorchOps(Ops[torch.Tensor]):
     def mix(self, layer: int) -> torch.Tensor:
         return self.routed.pop(layer).mixed()
 
-    def expert(self, layer: int, activation: Activation, number: int, matrices: Sequence[torch.Tensor]) -> None:
+    def expert(self, layer: ExpertLayer, number: int, matrices: Sequence[torch.Tensor]) -> None:
         """Computes one expert, given by its gate, up and down matrices, for the tokens that were sent to it."""
         gate, up, down = matrices
+        names = layer.biases or (None, None, None)
+        count = len(layer.experts)
+        gate_bias, up_bias, down_bias = (
+            None if name is None else self._weights(name).reshape(count, -1)[number] for name in names
+        )
 
         def compute(x: torch.Tensor) -> torch.Tensor:
-            hidden = self.glu(functional.linear(x, gate), functional.linear(x, up), activation)
-            return functional.linear(hidden, down)
+            gated, raised = functional.linear(x, gate, gate_bias), functional.linear(x, up, up_bias)
+            return functional.linear(self.glu(gated, raised, layer.activation), down, down_bias)
 
-        self.routed[layer].fill(number, compute)
+        self.routed[layer.layer].fill(number, compute)
 
     def output_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._output_rows)
