@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH: Final = 30
 _PARTS: Final = (
     ("pinned weights", "pinned_bytes"),
+    ("experts", "bank_bytes"),
     ("token table", "embedding_bytes"),
     ("ring for streaming", "ring_bytes"),
     ("KV cache", "kv_bytes"),
@@ -72,8 +73,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 
 def one_more(plan: Plan) -> Plan | None:
-    """The plan with one more GiB, or None where nothing is streamed and memory buys nothing."""
-    return plan.with_budget(plan.budget_bytes + GIB) if plan.streamed_bytes else None
+    """The plan with one more GiB, or None where nothing is read and memory buys nothing."""
+    return plan.with_budget(plan.budget_bytes + GIB) if plan.streamed_bytes or plan.missed_bytes else None
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -89,6 +90,8 @@ def show(plan: Plan, console: Console) -> None:
 
 def verdict(plan: Plan) -> Iterator[str]:
     """What moves, how fast that is, what bounds it, and what would help."""
+    if plan.missed_bytes:
+        yield f"Experts are counted as if all were chosen equally often: {format_size(plan.missed_bytes)} missed per token"
     for edge, bandwidth_bps in plan.edges.items():
         yield f"{edge}: {_moved(plan, bandwidth_bps)}"
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
@@ -119,7 +122,7 @@ def _moved(plan: Plan, bandwidth_bps: float) -> str:
 
 def _memory_table(plan: Plan) -> Table:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    parts = [(label, getattr(plan, field)) for label, field in _PARTS]
+    parts = [(label, getattr(plan, field)) for label, field in _PARTS if field != "bank_bytes" or plan.bank_slots]
     free = plan.budget_bytes - sum(nbytes for _, nbytes in parts)
     for label, nbytes in [*parts, ("left over", max(0, free))]:
         table.add_row(label, _bar(nbytes, plan.budget_bytes), format_size(nbytes))
@@ -137,7 +140,29 @@ def _placement_table(plan: Plan) -> Table:
     for tier, label in names.items():
         if blocks[tier]:
             table.add_row(label, _bar(nbytes[tier], plan.model_bytes), str(blocks[tier]), format_size(nbytes[tier]))
+    held, count, size = experts_held(plan)
+    if count:
+        table.add_row(
+            "memory, experts", _bar(held * size // count, plan.model_bytes), *_row(held, held * size // count)
+        )
+        if held < count:
+            rest = size - held * size // count
+            table.add_row("disk, experts", _bar(rest, plan.model_bytes), *_row(count - held, rest))
     return table
+
+
+def experts_held(plan: Plan) -> tuple[int, int, int]:
+    """How many experts memory holds, how many there are, and the bytes of all."""
+    banks = plan.demand.banks if plan.bank_slots else ()
+    return (
+        sum(plan.bank_slots),
+        sum(bank.num_experts for bank in banks),
+        sum(b.num_experts * b.expert_bytes for b in banks),
+    )
+
+
+def _row(count: int, nbytes: int) -> tuple[str, str]:
+    return str(count), format_size(nbytes)
 
 
 def _bar(part: int, whole: int) -> ProgressBar:

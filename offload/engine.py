@@ -337,8 +337,8 @@ def _io(runner: Runner) -> dict[str, EdgeUse]:
 def _residency(runner: Runner) -> dict[str, TierUse]:
     plan, lent = runner.plan, runner.lent_bytes
     return {
-        "ram": TierUse(bytes=plan.pinned_bytes + lent, hit_rate=runner.telemetry.hit_rate),
-        "nvme": TierUse(bytes=plan.streamed_bytes - lent, hit_rate=1.0),
+        "ram": TierUse(bytes=plan.pinned_bytes + plan.bank_bytes + lent, hit_rate=runner.telemetry.hit_rate),
+        "nvme": TierUse(bytes=plan.streamed_bytes + plan.bank_bytes_on_disk - lent, hit_rate=1.0),
     }
 
 

@@ -170,6 +170,14 @@ class Plan:
         return self.streamed_bytes - lent + self.missed_bytes
 
     @property
+    def bank_bytes_on_disk(self) -> int:
+        """Bytes of the experts that memory does not hold."""
+        return sum(
+            (bank.num_experts - slots) * bank.expert_bytes
+            for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True)
+        )
+
+    @property
     def missed_bytes(self) -> int:
         """Bytes of experts read for one decoded token, if all of them are chosen equally often."""
         return sum(

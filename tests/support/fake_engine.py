@@ -43,6 +43,9 @@ class FakePlan:
     ctx: int = 4096
     trained_ctx: int = 8192
     device_budget_bytes: int | None = None
+    bank_slots: tuple[int, ...] = ()
+    bank_bytes: int = 0
+    missed_bytes: int = 0
     prefill_tokens_per_pass: int = 512
     placements: tuple[Any, ...] = (
         SimpleNamespace(key=BlockKey("weight", 0, "blk.0.ffn_up.weight"), tier="ram", nbytes=GIB),
