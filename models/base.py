@@ -99,6 +99,8 @@ class ModelConfig:
     """Shape of a decoder, in the terms of Hugging Face's config.json.
 
     `sliding_windows[layer]` is the attention window of that layer or None; `embedding_scale` multiplies the looked-up rows.
+    `head_dim` is of queries and keys; `value_dim` of values, None where it is the same. Where values are the leading
+    features of keys (`shares_values`), the cache keeps keys only.
     """
 
     architecture: str
@@ -112,6 +114,19 @@ class ModelConfig:
     context_length: int
     sliding_windows: tuple[int | None, ...]
     embedding_scale: float = 1.0
+    value_dim: int | None = None
+    shares_values: bool = False
+
+    @property
+    def cache_dims(self) -> tuple[int, ...]:
+        """Features of a head in each tensor that the cache keeps for a layer: of keys, and of values where they are kept."""
+        value = self.head_dim if self.value_dim is None else self.value_dim
+        return (self.head_dim,) if self.shares_values else (self.head_dim, value)
+
+    @property
+    def cache_widths(self) -> tuple[int, ...]:
+        """The same of all heads together."""
+        return tuple(self.num_kv_heads * dims for dims in self.cache_dims)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,7 @@ from offload.telemetry import Telemetry
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import CAN_DISCARD, Slab
-from offload.units import PAGE
+from offload.units import PAGE, align_up
 
 if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
     from offload.kernels.torch.backend import TorchBackend
@@ -136,7 +136,8 @@ class HostPlace:
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
         needs = self.backend.reserve()
         kv = self.backend.kv_nbytes(model, ctx, self._config.kv_type)
-        whole_pages = self.backend.kv_bucket_nbytes(model, self._config.kv_type) % PAGE == 0
+        buckets = self.backend.kv_bucket_nbytes(model, self._config.kv_type)
+        whole_pages = all(nbytes % PAGE == 0 for nbytes in buckets)
         return Footprint(
             in_parts=True,
             kv_bytes=kv,
@@ -172,11 +173,14 @@ class HostPlace:
 
     def _cache_ranges(self, first: int, last: int) -> list[Range]:
         """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tensors."""
-        model, kv_type = self._opened.model, self._config.kv_type
-        bucket = self.backend.kv_bucket_nbytes(model, kv_type)
-        tensors = 2 * model.config.num_layers
-        each = self.backend.kv_nbytes(model, self._opened.ctx, kv_type) // tensors
-        return [Range(tensor * each + first * bucket, (last - first) * bucket) for tensor in range(tensors)]
+        model = self._opened.model
+        sizes = self.backend.kv_bucket_nbytes(model, self._config.kv_type)
+        buckets = align_up(self._opened.ctx, KV_BUCKET) // KV_BUCKET
+        ranges, start = [], 0
+        for nbytes in sizes * model.config.num_layers:
+            ranges.append(Range(start + first * nbytes, (last - first) * nbytes))
+            start += buckets * nbytes
+        return ranges
 
     def place_vector(self, name: str, values: Floats) -> None:
         self.backend.place_vector(name, values)

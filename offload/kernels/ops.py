@@ -131,8 +131,9 @@ class Ops(Protocol[T]):
     def attention(self, query: T, key: T, value: T, attention: Attention) -> T:
         """Stores key and value at the batch's positions, then attends.
 
-        Query is [num_tokens, num_heads, head_dim], key and value [num_tokens, num_kv_heads, head_dim]; heads are grouped
-        when num_heads is a multiple of num_kv_heads. Returns [num_tokens, num_heads * head_dim].
+        Query is [num_tokens, num_heads, head_dim], key [num_tokens, num_kv_heads, head_dim], and value [num_tokens,
+        num_kv_heads, value_dim]; heads are grouped when num_heads is a multiple of num_kv_heads. Where the model's cache
+        keeps no values, they must be the leading features of keys. Returns [num_tokens, num_heads * value_dim].
         """
         ...
 

@@ -33,7 +33,7 @@ def own_numbers() -> None:
 
 
 def new_cache(dtype: torch.dtype = torch.float32) -> TorchCache:
-    return TorchCache(2, 32, KV_HEADS, DIM, dtype, torch.device("cpu"))
+    return TorchCache(2, 32, KV_HEADS, (DIM, DIM), dtype, torch.device("cpu"))
 
 
 def new_ops(start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> TorchOps:
@@ -136,15 +136,15 @@ def test_layers_do_not_share_their_past() -> None:
     cache = new_cache()
     key, value = random(TOKENS, KV_HEADS, DIM), random(TOKENS, KV_HEADS, DIM)
     new_ops(cache=cache).attention(random(TOKENS, HEADS, DIM), key, value, Attention(layer=0, scale=1.0))
-    assert torch.equal(cache.load(0, TOKENS)[0], key)
-    assert torch.equal(cache.load(1, TOKENS)[1], torch.zeros_like(value))
+    assert torch.equal(cache.load(0, TOKENS, DIM)[0], key)
+    assert torch.equal(cache.load(1, TOKENS, DIM)[1], torch.zeros_like(value))
 
 
 def test_cache_rounds_to_its_type() -> None:
     cache = new_cache(torch.float16)
     key, value = random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM)
     cache.store(0, torch.tensor([4, 2]), key, value)
-    keys, values = cache.load(0, 5)
+    keys, values = cache.load(0, 5, DIM)
     assert keys.dtype == torch.float32 and keys.shape == (5, KV_HEADS, DIM)
     assert torch.equal(keys[[4, 2]], key.half().float()) and torch.equal(values[[4, 2]], value.half().float())
     assert cache.nbytes == 2 * 2 * 32 * KV_HEADS * DIM * 2

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import cycle
 from time import perf_counter
 from typing import Final
 
@@ -91,22 +92,24 @@ class GgmlBackend:
     def kv_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
         """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket): key, then value of every layer."""
         buckets = align_up(ctx, KV_BUCKET) // KV_BUCKET
-        return 2 * model.config.num_layers * buckets * GgmlBackend.kv_bucket_nbytes(model, kv_type)
+        return model.config.num_layers * buckets * sum(GgmlBackend.kv_bucket_nbytes(model, kv_type))
 
     @staticmethod
-    def kv_bucket_nbytes(model: Model, kv_type: KVType) -> int:
-        """Bytes of one bucket of the keys, or of the values, of one layer."""
-        width = model.config.num_kv_heads * model.config.head_dim
-        return KV_BUCKET * width * element_type(kv_type.upper()).block_bytes
+    def kv_bucket_nbytes(model: Model, kv_type: KVType) -> tuple[int, ...]:
+        """Bytes of one bucket of each tensor of one layer: of the keys, and of the values where they are kept."""
+        each = element_type(kv_type.upper()).block_bytes
+        return tuple(KV_BUCKET * width * each for width in model.config.cache_widths)
 
     def place_cache(self, address: int) -> None:
         """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied).
 
         Before the first pass: graphs hold the address.
         """
-        each = self.kv_nbytes(self._model, self._ctx, self._kv_type) // len(self._kv_cells)
-        for index, cell in enumerate(self._kv_cells):
-            cell.value = address + index * each
+        buckets = align_up(self._ctx, KV_BUCKET) // KV_BUCKET
+        sizes = cycle(self.kv_bucket_nbytes(self._model, self._kv_type))
+        for cell, nbytes in zip(self._kv_cells, sizes, strict=False):
+            cell.value = address
+            address += buckets * nbytes
 
     def place(self, key: BlockKey, address: int) -> None:
         """A matrix, or a part of one, now lies at `address`."""
@@ -283,12 +286,14 @@ class GgmlBackend:
         self._cells[name] = self._anchored(tensor)
 
     def _make_cache(self) -> None:
-        width = self._model.config.num_kv_heads * self._model.config.head_dim
         length, element = align_up(self._ctx, KV_BUCKET), self._kv_element
         for _ in range(self._model.config.num_layers):
-            key, value = (self._lib.ggml_new_tensor_2d(self._tensors, element.ggml_id, width, length) for _ in range(2))
-            self._kv.append(KVTensors(key, value, element.block_bytes))
-            self._kv_cells += [self._anchored(key), self._anchored(value)]
+            tensors = [
+                self._lib.ggml_new_tensor_2d(self._tensors, element.ggml_id, width, length)
+                for width in self._model.config.cache_widths
+            ]
+            self._kv.append(KVTensors(tensors[0], tensors[1] if len(tensors) > 1 else None, element.block_bytes))
+            self._kv_cells += [self._anchored(tensor) for tensor in tensors]
 
     def _anchored(self, tensor: int) -> ctypes.c_uint64:
         """Marks a tensor as living outside of the graph allocator's memory; returns the cell that moves it."""

@@ -25,10 +25,13 @@ class Node(NamedTuple):
 
 
 class KVTensors(NamedTuple):
-    """Key and value cache of a layer, each [ctx, num_kv_heads * head_dim] of one element type."""
+    """Key and value cache of a layer, each [ctx, features of all heads] of one element type.
+
+    `value` is None where values are the leading features of keys.
+    """
 
     key: int
-    value: int
+    value: int | None
     element_nbytes: int
 
 
@@ -165,13 +168,16 @@ class GgmlOps:
         """Stores key and value, then flash attention over the first `kv_length` positions of the layer's cache."""
         lib, ctx, cache = self._lib, self._ctx, self._kv[attention.layer]
         self._store(cache.key, key)
-        self._store(cache.value, value)
-        num_tokens, num_heads, dim = query.shape
+        if cache.value is not None:
+            self._store(cache.value, value)
+        (num_tokens, num_heads, _), dim = query.shape, value.shape[-1]
         tensor = lib.ggml_flash_attn_ext(
             ctx,
             lib.ggml_permute(ctx, query.tensor, 0, 2, 1, 3),
-            self._cached(cache.key, key, cache.element_nbytes),
-            self._cached(cache.value, value, cache.element_nbytes),
+            self._cached(cache.key, key, key.shape[-1], cache.element_nbytes),
+            self._cached(cache.key, key, dim, cache.element_nbytes)
+            if cache.value is None
+            else self._cached(cache.value, value, dim, cache.element_nbytes),
             self._inputs.masks[attention.window],
             attention.scale,
             0.0,  # no ALiBi
@@ -236,14 +242,16 @@ class GgmlOps:
 
     def _store(self, cache: int, fresh: Node) -> None:
         num_tokens, num_heads, dim = fresh.shape
+        if fresh.row_nbytes != num_heads * dim * FLOAT_BYTES:  # heads that are slices of wider ones
+            fresh = self._dense(self._lib.ggml_cont(self._ctx, fresh.tensor), fresh.shape)
         flat = self._lib.ggml_view_2d(self._ctx, fresh.tensor, num_heads * dim, num_tokens, fresh.row_nbytes, 0)
         stored = self._lib.ggml_set_rows(self._ctx, cache, flat, self._inputs.rows)
         self._lib.ggml_build_forward_expand(self._graph, stored)  # before the attention node that reads the cache
 
-    def _cached(self, cache: int, fresh: Node, element_nbytes: int) -> int:
-        """The cache as [num_kv_heads, kv_length, head_dim], a view."""
-        _, num_heads, dim = fresh.shape
-        head_nbytes = dim * element_nbytes
+    def _cached(self, cache: int, fresh: Node, dim: int, element_nbytes: int) -> int:
+        """The leading `dim` features of the cache as [num_kv_heads, kv_length, dim], a view."""
+        _, num_heads, features = fresh.shape
+        head_nbytes = features * element_nbytes
         view: int = self._lib.ggml_view_3d(
             self._ctx, cache, dim, self._kv_length, num_heads, head_nbytes * num_heads, head_nbytes, 0
         )

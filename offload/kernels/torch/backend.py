@@ -36,7 +36,7 @@ class TorchBackend:
         self._model = model
         self._tier = tier
         config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
-        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.head_dim, dtype, tier.device)
+        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtype, tier.device)
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
@@ -51,7 +51,7 @@ class TorchBackend:
     def device_nbytes(model: Model, ctx: int, kv_type: KVType, micro_batch: int) -> dict[str, int]:
         """Bytes on the device beside the matrices, by purpose: the KV cache, and an upper bound of the temporaries."""
         config = model.config
-        kv = 2 * config.num_layers * ctx * config.num_kv_heads * config.head_dim * (2 if kv_type == "f16" else 4)
+        kv = config.num_layers * ctx * sum(config.cache_widths) * (2 if kv_type == "f16" else 4)
         decoded = 4 * max(info.num_elements for info in model.matrices.values())
         rows = min(micro_batch, ctx)
         activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)

@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
 class TorchCache:
-    """One key and one value tensor for each layer, [ctx, num_kv_heads, head_dim].
+    """One key and one value tensor for each layer, [ctx, num_kv_heads, features of a head].
 
     Args:
+        dims: features of a head of keys and of values; only of keys, where values are their leading features.
         ctx: positions that fit, 0 to ctx - 1.
         dtype: type of what is stored; rounding happens in `store`.
     """
 
     def __init__(
-        self, num_layers: int, ctx: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        shape = (num_layers, ctx, num_kv_heads, head_dim)
-        self._keys = torch.zeros(shape, dtype=dtype, device=device)
-        self._values = torch.zeros(shape, dtype=dtype, device=device)
+        self, num_layers: int, ctx: int, num_kv_heads: int, dims: Sequence[int], dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._kept = [torch.zeros((num_layers, ctx, num_kv_heads, dim), dtype=dtype, device=device) for dim in dims]
 
     @property
     def nbytes(self) -> int:
-        return self._keys.nbytes + self._values.nbytes
+        return sum(kept.nbytes for kept in self._kept)
 
     def store(self, layer: int, positions: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Keeps key and value [num_tokens, num_kv_heads, head_dim] at `positions` (int64 [num_tokens])."""
-        self._keys[layer, positions] = key.to(self._keys.dtype)
-        self._values[layer, positions] = value.to(self._values.dtype)
+        """Keeps key and value [num_tokens, num_kv_heads, features] at `positions` (int64 [num_tokens])."""
+        for kept, fresh in zip(self._kept, (key, value), strict=False):
+            kept[layer, positions] = fresh.to(kept.dtype)
 
-    def load(self, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Key and value of positions 0 to length - 1, float32 [length, num_kv_heads, head_dim]."""
-        return self._keys[layer, :length].float(), self._values[layer, :length].float()
+    def load(self, layer: int, length: int, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Key and value of positions 0 to length - 1, float32 [length, num_kv_heads, features]."""
+        return self._kept[0][layer, :length].float(), self._kept[-1][layer, :length, :, :value_dim].float()

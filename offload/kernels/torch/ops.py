@@ -85,7 +85,7 @@ class TorchOps(Ops[torch.Tensor]):
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
         self._cache.store(attention.layer, self._positions, key, value)
-        keys, values = self._cache.load(attention.layer, self._length)
+        keys, values = self._cache.load(attention.layer, self._length, value.shape[-1])
         group = query.shape[1] // keys.shape[1]
         q = query.transpose(0, 1)
         k, v = (past.transpose(0, 1).repeat_interleave(group, dim=0) for past in (keys, values))
