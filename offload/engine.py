@@ -104,7 +104,10 @@ def make_request(options: Mapping[str, Any]) -> GenerationConfig:
 
 
 class Engine:
-    """A loaded model. Share it freely: requests from several threads queue up. Use it as a context manager."""
+    """A loaded model. Share it freely: requests from several threads queue up. Use it as a context manager.
+
+    But not with forked processes (`ClosedError`), nor with callbacks of its own requests (`UsageError`).
+    """
 
     def __init__(
         self, path: str | Path, config: LoadConfig, *, storage: Storage | None = None, progress: Progress | None = None
@@ -147,7 +150,7 @@ class Engine:
         return self.generate(messages, **options)
 
     def stream(self, prompt: Prompt, *, on_prefill: OnPrefill | None = None, **options: Any) -> Stream:
-        """The answer as it grows. `on_prefill(done, total)` is called from the driver thread."""
+        """The answer as it grows. `on_prefill(done, total)` is called from the driver thread, and may not use the engine."""
         request, tokens = make_request(options), self._tokens(prompt)
 
         def job(cancel: CancelToken, emit: Callable[[Chunk], None]) -> Completion:
@@ -161,14 +164,14 @@ class Engine:
 
     def logits(self, tokens: Prompt) -> Floats:
         """Logits after every token of a prompt, float32 [num_tokens, vocab_size]."""
-        ids = self._tokens(tokens)
+        ids, cancel = self._tokens(tokens), CancelToken()
 
         def work() -> Floats:
             self._check()
-            rows: Floats = self._guard(lambda: self._decoder.all_logits(ids, CancelToken()))
+            rows: Floats = self._guard(lambda: self._decoder.all_logits(ids, cancel))
             return rows
 
-        return self._driver.submit(work).result()
+        return self._driver.submit(work, cancel).result()
 
     # ---- text
 
@@ -229,12 +232,20 @@ class Engine:
     # ---- closing
 
     def close(self) -> None:
-        """Ends the running request's queue and frees memory, threads and files. Idempotent."""
+        """Ends the running request's queue and frees memory, threads and files. Idempotent.
+
+        The running request keeps its result, and is waited for. In a forked process there is nothing to free.
+
+        Raises:
+            UsageError: called from a callback of the running request.
+        """
+        if self._driver.inherited:
+            return
+        self._driver.check_thread()
         with self._closing:
             runner, self._runner = self._runner, None
             if runner is not None:
-                self._driver.submit(runner.close).result()
-                self._driver.close()
+                self._driver.close(runner.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -242,12 +253,16 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """As `close`. After an error nobody wants the running request's result: it is cancelled."""
+        if error is not None and not self._driver.inherited:
+            self._driver.stop()
         self.close()
 
     # ---- inner
 
     @property
     def _open_runner(self) -> Runner:
+        self._driver.check_process()
         if self._runner is None:
             raise ClosedError("the engine is closed; load the model again")
         return self._runner

@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,7 +23,8 @@ from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
 
 import offload
-from offload.errors import ClosedError, StorageError
+from offload.engine import Engine
+from offload.errors import ClosedError, StorageError, UsageError
 from offload.results import Chunk, Completion
 from offload.runtime import Driver, Stream, iterate
 from offload.tiers.base import CancelToken
@@ -174,3 +181,146 @@ def test_a_request_that_runs_while_the_engine_closes_keeps_its_result(demo: Path
     go_on.set()
     assert len(stream.result().tokens) == 4
     closing.join()
+
+
+def tries(*calls: Callable[[], object]) -> list[Exception | None]:
+    """What each call raised."""
+    errors: list[Exception | None] = []
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            errors.append(error)
+        else:
+            errors.append(None)
+    return errors
+
+
+@pytest.fixture
+def engine(tmp_path: Path) -> Iterator[Engine]:
+    with offload.load(tiny_checkpoint("llama", tmp_path), ctx=64, ram="minimum") as engine:
+        yield engine
+
+
+def test_a_callback_of_a_request_that_waits_for_it_is_refused(engine: Engine) -> None:
+    errors: list[Exception | None] = []
+    made, streams = threading.Event(), list[Stream]()
+
+    def ask(done: int, total: int) -> None:
+        if not errors:
+            assert made.wait(PATIENCE_S)
+            (own,) = streams
+            errors.extend(
+                tries(
+                    lambda: engine.generate([1, 2], max_tokens=1),
+                    lambda: engine.logits([1, 2]),
+                    lambda: engine.stream([1, 2]),
+                    engine.close,
+                    own.result,
+                    own.next_chunk,
+                    own.close,
+                )
+            )
+
+    streams.append(engine.stream([1, 2, 3], max_tokens=2, ignore_eos=True, on_prefill=ask))
+    made.set()
+    watch = threading.Thread(target=streams[0].result, daemon=True)
+    watch.start()
+    watch.join(PATIENCE_S)
+    assert [type(error) for error in errors] == [UsageError] * 7
+    assert all("callback of a running request" in str(error) for error in errors)
+    assert streams[0].result().finish_reason == "length"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this platform")
+def test_a_forked_child_is_told_so_and_leaves_the_parents_engine_alone(engine: Engine) -> None:
+    stream = engine.stream([1, 2, 3], max_tokens=2, ignore_eos=True)
+    calls = (
+        lambda: engine.generate([1, 2], max_tokens=1),
+        lambda: engine.logits([1, 2]),
+        lambda: engine.tokenize("a"),
+        engine.statistics,
+        stream.result,
+        stream.next_chunk,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of newer Pythons, which warn of a fork beside threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(int(PATIENCE_S))  # ends a child that hangs
+            errors = tries(*calls)
+            told = all(isinstance(error, ClosedError) and "forked" in str(error) for error in errors)
+            quiet = tries(stream.cancel, stream.close, engine.close, lambda: engine.__exit__(None, ValueError(), None))
+            code = 0 if told and quiet == [None] * 4 else 2
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert len(stream.result().tokens) == len(engine.generate([1, 2, 3], max_tokens=2, ignore_eos=True).tokens) == 2
+
+
+def test_an_error_that_leaves_the_block_cancels_what_runs(tmp_path: Path) -> None:
+    model, job, queued = tiny_checkpoint("llama", tmp_path), Endless(), list[Stream]()
+
+    def fail() -> None:
+        with offload.load(model, ctx=64, ram="minimum") as engine:
+            queued.extend((Stream(engine._driver, job), engine.stream([1, 2, 3], max_tokens=4)))
+            assert job.running.wait(PATIENCE_S)
+            raise KeyError("a mistake")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert job.was_cancelled
+    with pytest.raises(ClosedError):
+        queued[1].result()
+
+
+def test_the_end_of_the_interpreter_cancels_what_runs() -> None:
+    program = f"""
+import threading
+from offload.runtime import Driver, Stream
+
+running = threading.Event()
+
+def job(cancel, emit):
+    running.set()
+    print("cancelled" if cancel.wait({PATIENCE_S}) else "waited for")
+
+driver = Driver()
+stream = Stream(driver, job)
+running.wait()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120)
+    assert (run.stdout, run.stderr) == ("cancelled\n", "")
+
+
+def test_a_driver_that_is_dropped_ends_its_thread() -> None:
+    driver = Driver()
+    thread = driver._thread
+    assert driver.submit(lambda: 1).result() == 1
+    del driver
+    thread.join(PATIENCE_S)
+    assert not thread.is_alive()
+
+
+def test_an_error_holds_nothing_of_the_work_that_raised_it(driver: Driver) -> None:
+    class Held:
+        pass
+
+    def fail(held: Held) -> None:
+        raise ValueError("no")
+
+    held = Held()
+    alive = weakref.ref(held)
+    gc.disable()
+    try:
+        future = driver.submit(lambda held=held: fail(held))
+        assert isinstance(future.exception(), ValueError)
+        del future, held
+        assert driver.submit(lambda: True).result()  # the thread has let go of the work before
+        assert alive() is None
+    finally:
+        gc.enable()

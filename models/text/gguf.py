@@ -7,6 +7,8 @@ file, and on a text that its stack cannot hold, so `stack.py` gives it one.
 from __future__ import annotations
 
 import ctypes
+import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -20,10 +22,27 @@ from offload.models.text.vocabulary import check_vocabulary
 SPECIAL_NAMES: Final = ("bos", "eos", "unknown", "separator", "padding")
 TEMPLATE_NAMES: Final = {"unknown": "unk", "separator": "sep", "padding": "pad"}
 _EMPTY_BYTES: Final = len("[EMPTY_4194304]")  # what llama.cpp calls a token without a text
+_PIECE_BYTES: Final = 256  # longer tokens take a second call
+_Piece: Final = ctypes.c_char * _PIECE_BYTES
+
+
+class _Vocabulary:
+    """llama.cpp's vocabulary, freed when nobody holds this object any more.
+
+    The interpreter's lock is free while llama.cpp works, so `close` may come in the middle of a call of another thread.
+    Each call therefore holds the vocabulary that it began with: Python's own count of references is the count of users,
+    and no call waits for another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        model = _load_vocabulary(path)
+        self._free = weakref.finalize(self, llama.llama_model_free, model)
+        self._free.atexit = False  # the process gives its memory back, and a call may still be running
+        self.pointer: Any = llama.llama_model_get_vocab(model)
 
 
 class GGUFTokenizer:
-    """Tokenizer of a GGUF file. Implements `Tokenizer`; `vocab` is the llama.cpp vocabulary that the DRY sampler needs.
+    """Tokenizer of a GGUF file, for any number of threads at a time. Implements `Tokenizer`.
 
     Args:
         path: the .gguf file, the first one of a split.
@@ -38,16 +57,21 @@ class GGUFTokenizer:
         tokens = check_vocabulary(path, metadata)
         self._needs_stack = needs_stack(path, metadata)
         self._bound = _bound(metadata, tokens)
-        self._model: Any = _load_vocabulary(path)
-        self.vocab: Any = llama.llama_model_get_vocab(self._model)
-        self.vocab_size = int(llama.llama_vocab_n_tokens(self.vocab))
-        bos = int(llama.llama_vocab_bos(self.vocab))
+        self._vocabulary: _Vocabulary | None = _Vocabulary(path)
+        vocab = self._vocabulary.pointer
+        self.vocab_size = int(llama.llama_vocab_n_tokens(vocab))
+        bos = int(llama.llama_vocab_bos(vocab))
         self.bos_token: int | None = bos if bos >= 0 else None
-        self.eos_tokens = frozenset(t for t in range(self.vocab_size) if llama.llama_vocab_is_eog(self.vocab, t))
+        self.eos_tokens = frozenset(t for t in range(self.vocab_size) if llama.llama_vocab_is_eog(vocab, t))
         template = metadata.get("tokenizer.chat_template")
         self.template: str | None = template if isinstance(template, str) and template.strip() else None
         self.special_strings: Mapping[str, str] = _special_strings(metadata, tokens)
-        self._piece = ctypes.create_string_buffer(256)
+
+    @property
+    def vocab(self) -> Any:
+        """llama.cpp's vocabulary, which the DRY sampler needs, or None once closed. For the thread that closes."""
+        vocabulary = self._vocabulary
+        return None if vocabulary is None else vocabulary.pointer
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = True, limit: int | None = None
@@ -60,47 +84,49 @@ class GGUFTokenizer:
         return self._encode(data, *flags)
 
     def _encode(self, data: bytes, *flags: bool) -> list[int]:
+        vocabulary = self._open()
         capacity = len(data) + 8  # one token a byte at the very worst, and what add_special adds
         buffer = (llama.llama_token * capacity)()
-        count = llama.llama_tokenize(self._open(), data, len(data), buffer, capacity, *flags)
+        count = llama.llama_tokenize(vocabulary.pointer, data, len(data), buffer, capacity, *flags)
         if count < 0:
             capacity = -count
             buffer = (llama.llama_token * capacity)()
-            count = llama.llama_tokenize(self.vocab, data, len(data), buffer, capacity, *flags)
+            count = llama.llama_tokenize(vocabulary.pointer, data, len(data), buffer, capacity, *flags)
         assert 0 <= count <= capacity, count
         return list(buffer[:count])
 
     def token_bytes(self, token: int, *, special: bool = False) -> bytes:
         if not 0 <= token < self.vocab_size:
             return b""
-        vocab, size = self._open(), len(self._piece)
-        length = llama.llama_token_to_piece(vocab, token, self._piece, size, 0, special)
+        vocabulary, piece = self._open(), _Piece()
+        length = llama.llama_token_to_piece(vocabulary.pointer, token, piece, _PIECE_BYTES, 0, special)
         if length < 0:
-            self._piece = ctypes.create_string_buffer(-length)
-            length = llama.llama_token_to_piece(vocab, token, self._piece, -length, 0, special)
-        return self._piece.raw[:length]
+            size = -length
+            piece = ctypes.create_string_buffer(size)
+            length = llama.llama_token_to_piece(vocabulary.pointer, token, piece, size, 0, special)
+        return piece.raw[:length]
 
     def decode(self, tokens: Sequence[int], *, special: bool = False) -> str:
         known = [token for token in tokens if 0 <= token < self.vocab_size]
+        vocabulary = self._open()
         ids = (llama.llama_token * len(known))(*known)
         size = 16 * len(known) + 64
         buffer = ctypes.create_string_buffer(size)
-        length = llama.llama_detokenize(self._open(), ids, len(known), buffer, size, False, special)
+        length = llama.llama_detokenize(vocabulary.pointer, ids, len(known), buffer, size, False, special)
         if length < 0:
             size = -length
             buffer = ctypes.create_string_buffer(size)
-            length = llama.llama_detokenize(self.vocab, ids, len(known), buffer, size, False, special)
+            length = llama.llama_detokenize(vocabulary.pointer, ids, len(known), buffer, size, False, special)
         return buffer.raw[:length].decode("utf-8", errors="replace")
 
     def close(self) -> None:
-        model, self._model, self.vocab = self._model, None, None
-        if model is not None:
-            llama.llama_model_free(model)
+        self._vocabulary = None
 
-    def _open(self) -> Any:
-        if self.vocab is None:
+    def _open(self) -> _Vocabulary:
+        vocabulary = self._vocabulary
+        if vocabulary is None:
             raise ClosedError("tokenizer: it is closed; load the model again")
-        return self.vocab
+        return vocabulary
 
 
 def has_vocabulary(metadata: Mapping[str, object]) -> bool:
@@ -112,7 +138,7 @@ def _load_vocabulary(path: Path) -> Any:
     parameters = llama.llama_model_default_params()
     parameters.vocab_only = True
     parameters.load_mode = llama.LLAMA_LOAD_MODE_NONE  # never a mapping: a file truncated under one kills the process
-    model = llama.llama_model_load_from_file(str(path).encode(), parameters)
+    model = llama.llama_model_load_from_file(os.fsencode(path), parameters)
     if not model:
         raise CheckpointError(
             f"{path.name}: llama.cpp does not accept its tokenizer; get the file again", path=str(path)

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from tokenizers import Tokenizer as Library
+from tokenizers.models import BPE
 
 from offload.errors import CheckpointError, StorageError, UnsupportedError
 from offload.models.checkpoint.reader import one_line, quote
 from offload.models.text.pieces import PieceKind, piece_bytes
-from offload.models.text.pipeline import check_pipeline, steps_of, text_bound
+from offload.models.text.pipeline import check_description, check_pipeline, steps_of, text_bound
 
 MAX_TOKENIZER_BYTES: Final = 128 * 1024 * 1024  # the largest in use have 33 MB
 MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
@@ -104,8 +105,11 @@ class HuggingFaceTokenizer:
 
 def _load_library(path: Path) -> Library:
     data = _read(path, MAX_TOKENIZER_BYTES)
+    check_description(path, data)
     library = _guarded(lambda: Library.from_buffer(data), path, "not a tokenizer")
     check_pipeline(path, library)
+    if isinstance(library.model, BPE):
+        library.model.dropout = None  # leaves merges out at random, which training wants and an answer does not
     return library
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from offload.errors import CheckpointError, ClosedError, ContextError, Unsupport
 from offload.models.checkpoint import open_checkpoint
 from offload.models.text import open_tokenizer
 from offload.models.text.gguf import GGUFTokenizer
+from offload.models.text.llama import llama
 from offload.models.text.vocabulary import check_vocabulary
 
 TEXTS = [
@@ -78,6 +81,71 @@ def test_a_closed_tokenizer_says_so(demo: Path) -> None:
     opened.close()
     with pytest.raises(ClosedError):
         opened.encode("a")
+
+
+@pytest.mark.parametrize(
+    ("function", "call"),
+    [
+        ("llama_tokenize", lambda opened: opened.encode("a b")),
+        ("llama_token_to_piece", lambda opened: opened.token_bytes(300)),
+        ("llama_detokenize", lambda opened: opened.decode([300, 301])),
+    ],
+)
+def test_closing_frees_nothing_under_a_call_of_another_thread(
+    demo: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: Any
+) -> None:
+    native, free = getattr(llama, function), llama.llama_model_free
+    inside, go_on, freed, answers = threading.Event(), threading.Event(), list[object](), list[object]()
+
+    def hold(*arguments: object) -> object:
+        inside.set()
+        assert go_on.wait(20)
+        assert not freed
+        return native(*arguments)
+
+    monkeypatch.setattr(llama, "llama_model_free", lambda model: (freed.append(model), free(model)))
+    opened = open_tokenizer(open_checkpoint(demo))
+    assert opened is not None
+    expected = call(opened)
+    monkeypatch.setattr(llama, function, hold)
+    caller = threading.Thread(target=lambda: answers.append(call(opened)))
+    caller.start()
+    assert inside.wait(20)
+    opened.close()
+    with pytest.raises(ClosedError):
+        call(opened)
+    assert not freed
+    go_on.set()
+    caller.join(20)
+    assert answers == [expected]
+    assert len(freed) == 1
+
+
+def test_the_bytes_of_a_token_are_not_those_that_another_thread_asks_for(
+    tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = {token: tokenizer.token_bytes(token) for token in (300, 400, 500)}
+    native = llama.llama_token_to_piece
+
+    def interrupted(vocab: object, token: int, *arguments: object) -> object:
+        length = native(vocab, token, *arguments)
+        if token != 500:
+            other = threading.Thread(target=tokenizer.token_bytes, args=(500,))
+            other.start()
+            other.join(20)
+        return length
+
+    monkeypatch.setattr(llama, "llama_token_to_piece", interrupted)
+    assert {token: tokenizer.token_bytes(token) for token in expected} == expected
+
+
+def test_a_token_longer_than_most_comes_whole(tmp_path: Path) -> None:
+    assert tiny_vocabulary(tmp_path / "model.gguf", "x" * 1000).token_bytes(259) == b"x" * 1000
+
+
+def test_a_path_that_is_not_utf_8_is_opened(tmp_path: Path) -> None:
+    path = Path(os.fsdecode(os.fsencode(tmp_path) + b"/mod\xe8le.gguf"))
+    assert tiny_vocabulary(path, "word").token_bytes(259) == b"word"
 
 
 def test_a_text_beyond_the_limit_is_refused_before_it_is_encoded(tokenizer: Any) -> None:
@@ -167,17 +235,22 @@ def test_other_kinds_are_not_supported(tmp_path: Any) -> None:
 
 
 def test_the_name_of_an_empty_token_counts_against_a_limit(tmp_path: Path) -> None:
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), ""]
+    opened = tiny_vocabulary(tmp_path / "model.gguf", "")
+    assert opened.encode("[EMPTY_259]" * 20, add_special=False, limit=20) == [259] * 20
+
+
+def tiny_vocabulary(path: Path, last: str) -> Any:
+    """The tokenizer of a file with a sentencepiece vocabulary whose token 259, a user-defined one, is `last`."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), last]
     keys = (
         *tokenizer_keys("llama"),
         array("tokenizer.ggml.tokens", STRING, tokens),
         array("tokenizer.ggml.scores", F32, [0.0] * 260),
-        array("tokenizer.ggml.token_type", I32, [2, 3, 3, *[6] * 256, 4]),  # the empty one is user-defined
+        array("tokenizer.ggml.token_type", I32, [2, 3, 3, *[6] * 256, 4]),
         key("tokenizer.ggml.bos_token_id", U32, 1),
         key("tokenizer.ggml.eos_token_id", U32, 2),
     )
-    path = tmp_path / "model.gguf"
     path.write_bytes(Gguf(keys=keys).build())
     opened = open_tokenizer(open_checkpoint(path))
-    assert opened is not None
-    assert opened.encode("[EMPTY_259]" * 20, add_special=False, limit=20) == [259] * 20
+    assert isinstance(opened, GGUFTokenizer)
+    return opened

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -177,6 +178,36 @@ def test_a_split_every_zero_characters_is_refused(tmp_path: Path) -> None:
     folder = changed(tmp_path, byte_level(), pre_tokenizer={"type": "FixedLength", "length": 0})
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: pre_tokenizer: FixedLength"):
         HuggingFaceTokenizer(folder, {})
+
+
+def test_a_table_longer_than_the_file_is_refused_before_room_is_made_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[bytes] = []
+    monkeypatch.setattr("offload.models.text.huggingface.Library", SimpleNamespace(from_buffer=given.append))
+    folder = changed(
+        tmp_path, byte_level(), normalizer={"type": "Precompiled", "precompiled_charsmap": "/////w=="}
+    )  # of 4 GiB
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: normalizer: precompiled_charsmap"):
+        HuggingFaceTokenizer(folder, {})
+    assert not given
+
+
+def test_a_template_of_a_million_tokens_is_refused(tmp_path: Path) -> None:
+    special = {"x": {"id": "x", "ids": [0] * 1_000, "tokens": ["x"] * 1_000}}
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}, *[{"SpecialToken": {"id": "x", "type_id": 0}}] * 1_000]
+    template = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: post_processor: "):
+        HuggingFaceTokenizer(changed(tmp_path, byte_level(), post_processor=template), {})
+
+
+@pytest.mark.parametrize("dropout", [0.5, 1.0])
+def test_what_training_leaves_out_at_random_is_kept(tmp_path: Path, dropout: float) -> None:
+    text = "the quick brown fox " * 20
+    expected = HuggingFaceTokenizer(write(tmp_path, byte_level()), {}).encode(text)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    opened = HuggingFaceTokenizer(changed(tmp_path, byte_level(), model=model | {"dropout": dropout}), {})
+    assert [opened.encode(text) for _ in range(20)] == [expected] * 20
 
 
 @pytest.mark.parametrize(
