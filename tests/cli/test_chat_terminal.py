@@ -1,5 +1,6 @@
 """The chat on a real terminal: a pseudo-terminal, and a screen that obeys its escape sequences."""
 
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ import pytest
 
 pytest.importorskip("pexpect")
 from support.terminal import CTRL_C, CTRL_D, ROOT, Terminal
+
+from offload.cli.chat_files import FORMAT, load_chat
 
 PROGRAM = str(ROOT / "tests" / "support" / "fake_chat.py")
 
@@ -150,6 +153,26 @@ def test_a_failed_save_is_one_line_and_the_chat_goes_on(terminal):
     screen.wait_for("error: cannot save the chat to /proc/nowhere")
     screen.type("/bye\r")
     assert screen.leave() == 0
+
+
+def test_what_is_no_utf8_is_refused_and_the_chat_goes_on_and_is_saved(terminal, tmp_path):
+    strange = tmp_path / "strange.json"
+    strange.write_text(json.dumps({"format": FORMAT, "messages": [{"role": "system", "content": "\ud800!"}]}))
+    screen = terminal()
+    for line, words in (
+        (b"caf\xe9\r", "error: the message: it is not UTF-8 text"),
+        (b"/set stop caf\xe9\r", "error: stop: it is not UTF-8 text"),
+        (b"/save " + bytes(tmp_path) + b"/caf\xe9.json\r", "saved to"),
+        (f"/load {strange}\r".encode(), "0 messages loaded"),
+        (b"/show system\r", "\n!"),
+        (f"/save {tmp_path}/again.json\r".encode(), "again.json"),
+        (b"hi\r", "capital."),
+    ):
+        screen.process.send(line)
+        screen.wait_for(words)
+    screen.type("/bye\r")
+    assert screen.leave() == 0 and "Traceback" not in screen.text()
+    assert load_chat(tmp_path / "again.json")[0] == [{"role": "system", "content": "\ud800!"}]
 
 
 def test_an_engine_that_closed_ends_the_chat(terminal):
