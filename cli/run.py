@@ -67,12 +67,13 @@ def run(
     options = {**sampling.given(), **answer.given()}
     with Bars(enabled=bars_wanted(quiet=quiet or as_json)) as bars, open_engine(model, load, bars) as engine:
         completion = complete(engine, request, options, bars, show=not as_json)
-    if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
-        typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
-    if as_json:
-        typer.echo(json.dumps(completion_json(completion), ensure_ascii=False))
-    if stats:
-        typer.echo(completion_line(completion), err=True)
+        bars.stop()
+        if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
+            typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
+        if as_json:
+            typer.echo(json.dumps(completion_json(completion), ensure_ascii=False))
+        if stats:
+            typer.echo(completion_line(completion), err=True)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:

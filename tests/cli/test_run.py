@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from support.endless import endless
@@ -75,6 +76,22 @@ def test_trace_is_written_also_when_the_answer_fails(invoke, engine_module, mode
     assert result.exit_code == 1
     assert engine_module.loads[0]["trace"] is True
     assert engine_module.engine.traces == [tmp_path / "trace.json"]
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_trace_that_fails_at_the_end_costs_no_answer(invoke, engine_module, model, tmp_path, monkeypatch, options):
+    failure = StorageError("trace: No space left on device")
+    monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=failure))
+    result = invoke("run", model, "-p", "x", "--stats", "--trace", tmp_path / "trace.json", *options)
+    assert ANSWER in result.stdout and "5.4 tok/s" in result.stderr
+    assert result.exit_code == 1 and result.stderr.endswith("offload: error: trace: No space left on device\n")
+
+
+def test_a_trace_that_fails_does_not_hide_what_failed_before(invoke, engine_module, model, tmp_path, monkeypatch):
+    engine_module.engine.failure = StorageError("read failed", errno=5)
+    monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=StorageError("No space left")))
+    result = invoke("run", model, "-p", "x", "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 1 and result.stderr == "offload: error: read failed\n"
 
 
 @pytest.mark.parametrize(
