@@ -37,7 +37,7 @@ from offload.cli.progress import Bars, bars_wanted
 from offload.cli.render import LiveView, PlainView, View
 from offload.cli.status import StatusLine
 from offload.cli.text import check_text, printable
-from offload.errors import ClosedError, ContextError, OffloadError
+from offload.errors import ClosedError, ContextError, OffloadError, UsageError
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -65,6 +65,8 @@ def chat(
 ) -> None:
     """Talk with a model."""
     del debug
+    if sys.stdin is None:
+        raise UsageError("no questions: standard input is closed")
     conversation = Conversation(system=check_text("--system", system), options={**sampling.given(), **answer.given()})
     if resume is not None:
         messages, options = load_chat(chat_path(resume))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +21,7 @@ from offload.cli.options import (
 )
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import completion_json, completion_line
+from offload.cli.streams import json_text
 from offload.cli.text import check_text, printable, read_text, read_text_file
 from offload.errors import UsageError
 from offload.models.text.bounds import MAX_TEXT_BYTES
@@ -71,7 +71,7 @@ def run(
         if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
             typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
         if as_json:
-            typer.echo(json.dumps(completion_json(completion), ensure_ascii=False))
+            typer.echo(json_text(completion_json(completion)))
         if stats:
             typer.echo(completion_line(completion), err=True)
 
