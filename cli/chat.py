@@ -22,7 +22,7 @@ from offload.cli.chat_files import chat_path, history_path, load_chat
 from offload.cli.chat_input import Input, LineHistory, PlainInput, Quoted, TerminalInput, is_interactive
 from offload.cli.chat_state import Conversation
 from offload.cli.grouping import grouped
-from offload.cli.interrupt import interrupt_calls, keys_unseen
+from offload.cli.interrupt import interrupt_calls, keys_unseen, signals_unwind
 from offload.cli.loading import open_engine
 from offload.cli.options import (
     AnswerOptions,
@@ -87,7 +87,8 @@ def run_chat(engine: Engine, conversation: Conversation, *, interactive: bool, q
     if interactive and not quiet:
         session.say(f"{engine.model_name} · /help lists the commands")
     source = _terminal_input(session) if interactive else PlainInput(sys.stdin)
-    session.converse(source)
+    with signals_unwind():
+        session.converse(source)
 
 
 class ChatSession:
