@@ -88,7 +88,7 @@ def bench(
             "peak_rss_bytes": engine.statistics().peak_rss_bytes,
             "rows": [asdict(row) for row in rows],
         }
-    write_report(report, rows, as_json=as_json, markdown=markdown)
+        write_report(report, rows, as_json=as_json, markdown=markdown)
 
 
 def measure(engine: Engine, n_prompt: int, n_gen: int, repetitions: int, limit_bps: float, bars: Bars) -> list[Row]:

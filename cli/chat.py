@@ -22,14 +22,22 @@ from offload.cli.chat_files import chat_path, history_path, load_chat
 from offload.cli.chat_input import Input, LineHistory, PlainInput, Quoted, TerminalInput, is_interactive
 from offload.cli.chat_state import Conversation
 from offload.cli.grouping import grouped
-from offload.cli.interrupt import interrupt_calls, keys_unseen
+from offload.cli.interrupt import interrupt_calls, keys_unseen, signals_unwind
 from offload.cli.loading import open_engine
-from offload.cli.options import AnswerOptions, DebugOption, LoadOptions, ModelArgument, QuietOption, SamplingOptions
+from offload.cli.options import (
+    AnswerOptions,
+    DebugOption,
+    LoadOptions,
+    ModelArgument,
+    QuietOption,
+    SamplingOptions,
+    was_typed,
+)
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.render import LiveView, PlainView, View
 from offload.cli.status import StatusLine
-from offload.cli.text import printable
-from offload.errors import ClosedError, ContextError, OffloadError
+from offload.cli.text import check_text, printable
+from offload.errors import ClosedError, ContextError, OffloadError, UsageError
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -48,6 +56,7 @@ def chat(
     load: LoadOptions,
     sampling: SamplingOptions,
     answer: AnswerOptions,
+    context: typer.Context,
     model: ModelArgument = None,
     system: SystemOption = "",
     resume: ResumeOption = None,
@@ -56,10 +65,14 @@ def chat(
 ) -> None:
     """Talk with a model."""
     del debug
-    conversation = Conversation(system=system, options={**sampling.given(), **answer.given()})
+    if sys.stdin is None:
+        raise UsageError("no questions: standard input is closed")
+    conversation = Conversation(system=check_text("--system", system), options={**sampling.given(), **answer.given()})
     if resume is not None:
         messages, options = load_chat(chat_path(resume))
         conversation.restore(messages, {**options, **conversation.options})
+        if was_typed(context, "system"):  # its variable is a habit, which a saved chat may depart from
+            conversation.system = system
     with Bars(enabled=bars_wanted(quiet=quiet)) as bars, open_engine(model, load, bars) as engine:
         run_chat(engine, conversation, interactive=is_interactive(), quiet=quiet)
 
@@ -74,7 +87,8 @@ def run_chat(engine: Engine, conversation: Conversation, *, interactive: bool, q
     if interactive and not quiet:
         session.say(f"{engine.model_name} · /help lists the commands")
     source = _terminal_input(session) if interactive else PlainInput(sys.stdin)
-    session.converse(source)
+    with signals_unwind():
+        session.converse(source)
 
 
 class ChatSession:
@@ -110,7 +124,7 @@ class ChatSession:
         if text.startswith("/") and "\n" not in text and not isinstance(text, Quoted):
             run_command(self, text)
         else:
-            self.conversation.ask(text)
+            self.conversation.ask(check_text("the message", text))
             self.respond()
 
     def respond(self) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 from offload.cli.chat_files import chat_path, load_chat, save_chat
 from offload.cli.chat_state import PARAMETERS, Conversation
 from offload.cli.report import statistics_lines
+from offload.cli.text import check_text
 from offload.config import SamplingConfig
 from offload.errors import UsageError
 from offload.units import format_rate, format_size
@@ -56,7 +57,7 @@ def show_help(chat: Chat, rest: str) -> None:
 
 def set_system(chat: Chat, rest: str) -> None:
     """/system TEXT            set the system message; without TEXT, remove it"""
-    chat.conversation.system = rest
+    chat.conversation.system = check_text("/system", rest)
     chat.say("system message set" if rest else "system message removed")
 
 

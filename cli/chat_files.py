@@ -68,7 +68,9 @@ def save_chat(path: Path, messages: Messages, *, model: str, options: dict[str, 
     try:
         if path.parent == _chats_folder():
             path.parent.mkdir(parents=True, exist_ok=True)
-        write_private(_regular_place(path), json.dumps(chat, ensure_ascii=False, indent=1).encode())
+        text = json.dumps(chat, ensure_ascii=False, indent=1)
+        # UTF-8 has no place for a lone surrogate, whose backslash escape is also that of JSON
+        write_private(_regular_place(path), text.encode(errors="backslashreplace"))
     except OSError as error:
         raise StorageError(
             f"cannot save the chat to {path}: {error.strerror}", path=str(path), errno=error.errno

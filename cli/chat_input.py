@@ -18,6 +18,10 @@ from prompt_toolkit.formatted_text import HTML
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
+from offload.errors import UsageError
+from offload.models.text.bounds import MAX_TEXT_BYTES
+from offload.units import format_size
+
 QUOTES: Final = '"""'
 LEAVE_HINT: Final = "To leave: Ctrl-D, or /bye"
 
@@ -57,10 +61,29 @@ class PlainInput:
         self._stream = stream
 
     def read(self) -> str | None:
-        text = self._stream.readline()
-        while is_open(text) and (line := self._stream.readline()):
-            text += line
+        """
+        Raises:
+            UsageError: the message is too long for any tokenizer, or not UTF-8.
+        """
+        lines = [self._line(MAX_TEXT_BYTES)]
+        if is_open(lines[0]):
+            left = MAX_TEXT_BYTES - len(lines[0])
+            while line := self._line(left):
+                left -= len(line)
+                lines.append(line)
+                if line.rstrip().endswith(QUOTES):  # where `is_open` of the whole would become false
+                    break
+        text = "".join(lines)
         return unquote(text) if text else None
+
+    def _line(self, most: int) -> str:
+        try:
+            line = self._stream.readline(most + 1)
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text ({error})") from error
+        if len(line) > most:
+            raise UsageError(f"a message of more than {format_size(MAX_TEXT_BYTES)}: shorten it")
+        return line
 
 
 class LineHistory(FileHistory):
@@ -121,4 +144,4 @@ class TerminalInput:
 
 def is_interactive() -> bool:
     """Whether a person sits at both ends."""
-    return sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from offload.cli.chat_files import Messages
 from offload.cli.options import flag_names, text_or_file
+from offload.cli.text import check_text
 from offload.config import GenerationConfig, SamplingConfig
 from offload.errors import UsageError
 
@@ -131,4 +132,4 @@ def _parse(name: str, text: str) -> Any:
             return float(text)
     except ValueError:
         raise UsageError(f"{name}: {text!r} is not a number") from None
-    return (text,) if kind.startswith("tuple") else text_or_file(f"/set {name}", text)
+    return (check_text(name, text),) if kind.startswith("tuple") else text_or_file(f"/set {name}", text)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from rich.table import Column, Table
 from offload.cli.inspect_text import describe_text
 from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, ModelArgument
+from offload.cli.streams import json_text
 from offload.cli.text import output_console, printable
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint
@@ -33,7 +33,7 @@ def inspect(
     if tensors:
         facts["tensors"] = [tensor_json(checkpoint, name) for name in checkpoint.tensors]
     if as_json:
-        typer.echo(json.dumps(facts, ensure_ascii=False))
+        typer.echo(json_text(facts))
     else:
         show(facts)
 

@@ -1,7 +1,8 @@
-"""Ctrl-C as a request to stop one thing, not the program, and other keys that come at the wrong time."""
+"""Ctrl-C as a request to stop one thing, not the program; keys that come at the wrong time; signals that end the program."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -27,6 +28,40 @@ def keys_unseen() -> Iterator[None]:
         yield
     finally:
         termios.tcsetattr(terminal, termios.TCSANOW, before)
+
+
+@contextmanager
+def signals_unwind() -> Iterator[None]:
+    """Within the block SIGTERM and SIGHUP first leave it, so that the terminal gets back its cursor, echo and line editing.
+
+    Then the signal does what it would have done at once. One that somebody ignores or handles is left alone, and so is a
+    second one: it need not wait for the unwinding. Off the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    ours = [number for number in numbers if signal.getsignal(number) is signal.SIG_DFL]
+    received: list[int] = []
+
+    def restore() -> None:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        del frame
+        restore()
+        received.append(number)
+        raise SystemExit(128 + number)  # no other error of ours passes through asyncio, which reads the prompt's keys
+
+    for number in ours:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        restore()
+        for number in received:
+            os.kill(os.getpid(), number)
 
 
 @contextmanager

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -18,6 +18,7 @@ import typer
 from offload.cli.models import resolve_model
 from offload.cli.options import LoadOptions, PlanOptions
 from offload.cli.progress import Bars
+from offload.errors import OffloadError
 from offload.units import format_size
 
 OPENING: Final = "opening the model"
@@ -34,7 +35,10 @@ def _engine_module() -> Any:
 
 @contextmanager
 def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterator[Engine]:
-    """Load the model, and write the trace when it was asked for, also after an error."""
+    """Load the model, and write the trace when it was asked for, also after an error.
+
+    The trace may fail, so what the block has found is printed within it.
+    """
     path = resolve_model(model)
     bars.update(OPENING, 0, None)
 
@@ -51,9 +55,21 @@ def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterato
             typer.echo(f"offload: note: {note}", err=True)
         try:
             yield engine
-        finally:
-            if options.trace is not None:
-                engine.write_trace(options.trace)
+        except BaseException:
+            with suppress(OffloadError):  # what failed first is what the user is told
+                write_trace(engine, options)
+            raise
+        write_trace(engine, options)
+
+
+def write_trace(engine: Engine, options: LoadOptions) -> None:
+    """Write the trace when it was asked for.
+
+    Raises:
+        StorageError: its file cannot be written.
+    """
+    if options.trace is not None:
+        engine.write_trace(options.trace)
 
 
 def notes(plan: Plan, options: PlanOptions) -> Iterator[str]:

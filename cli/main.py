@@ -23,7 +23,8 @@ from typer.core import TyperGroup
 
 import offload
 from offload.cli.options import debug_requested
-from offload.errors import OffloadError, UsageError
+from offload.cli.streams import open_streams
+from offload.errors import OffloadError, StorageError, UsageError
 
 COMMANDS: Final = {
     "chat": "Talk with a model. Without MODEL: with the demo model.",
@@ -150,9 +151,10 @@ def _root(
 def main() -> None:
     """Entry point of the `offload` script."""
     try:
+        open_streams()
         app(prog_name="offload")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except OSError as error:  # of what runs before any command: --help, --version, --install-completion
+    except (OSError, StorageError) as error:  # before any command, and of --help, --version, --install-completion
         report(message_of(error), None)
         sys.exit(EXIT_FAILED)

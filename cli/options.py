@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, get_type_hints
 
 import typer
 
-from offload.cli.text import user_path
+from offload.cli.text import check_text, read_text_file, user_path
 from offload.errors import UsageError
 from offload.trace import check_trace_place
 
@@ -47,6 +47,12 @@ def _check_trace(path: Path | None) -> Path | None:
 def debug_requested(ctx: Any) -> bool:
     """Whether `--debug` was given to the command that runs under `ctx`."""
     return bool(ctx.meta.get(_DEBUG, False))
+
+
+def was_typed(ctx: typer.Context, name: str) -> bool:
+    """Whether the parameter `name` stood on the command line, and is neither its default nor from its variable."""
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 class KVType(str, Enum):
@@ -198,7 +204,9 @@ class AnswerOptions:
 
     def given(self) -> dict[str, Any]:
         """The options that were given, by the names of `GenerationConfig`; `@FILE` replaced by the file's text."""
-        values: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": tuple(self.stop) if self.stop else None}
+        values: dict[str, Any] = {"max_tokens": self.max_tokens, "stop": None}
+        if self.stop:
+            values["stop"] = tuple(check_text("--stop", text) for text in self.stop)
         for name in ("json_schema", "grammar"):
             values[name] = text_or_file(f"--{name.replace('_', '-')}", getattr(self, name))
         _check_json("--json-schema", values["json_schema"])
@@ -221,12 +229,14 @@ def text_or_file(label: str, value: str | None) -> str | None:
     """`value`, or the text of FILE when it is `@FILE`.
 
     Raises:
-        UsageError: the file cannot be read as UTF-8; the message starts with `label`.
+        UsageError: `value` or the file is not UTF-8 text, or the file is too large; the message starts with `label`.
     """
     if value is None or not value.startswith("@"):
-        return value
+        return None if value is None else check_text(label, value)
+    from offload.constraint import MAX_SOURCE_BYTES  # with numpy, which a help text need not wait for
+
     try:
-        return user_path(value[1:]).read_text(encoding="utf-8")
+        return read_text_file(user_path(value[1:]), MAX_SOURCE_BYTES, f"{label} {value}")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{label} {value}: cannot read it as UTF-8 text ({error})") from error
 

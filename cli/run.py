@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,8 +21,10 @@ from offload.cli.options import (
 )
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import completion_json, completion_line
-from offload.cli.text import printable
+from offload.cli.streams import json_text
+from offload.cli.text import check_text, printable, read_text, read_text_file
 from offload.errors import UsageError
+from offload.models.text.bounds import MAX_TEXT_BYTES
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -66,40 +67,48 @@ def run(
     options = {**sampling.given(), **answer.given()}
     with Bars(enabled=bars_wanted(quiet=quiet or as_json)) as bars, open_engine(model, load, bars) as engine:
         completion = complete(engine, request, options, bars, show=not as_json)
-    if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
-        typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
-    if as_json:
-        typer.echo(json.dumps(completion_json(completion), ensure_ascii=False))
-    if stats:
-        typer.echo(completion_line(completion), err=True)
+        bars.stop()
+        if completion.finish_reason == "length" and not quiet and {"json_schema", "grammar"} & options.keys():
+            typer.echo("offload: note: the answer was cut, so it does not match; raise --max-tokens or --ctx", err=True)
+        if as_json:
+            typer.echo(json_text(completion_json(completion)))
+        if stats:
+            typer.echo(completion_line(completion), err=True)
 
 
 def read_prompt(prompt: str | None, file: Path | None) -> str:
     """The prompt from the one place that was named, else from standard input.
 
     Raises:
-        UsageError: two places were named, none was and standard input is a terminal, or the text is not UTF-8.
+        UsageError: two places were named, none was and standard input is a terminal, or the text is not UTF-8 or
+            too large for any tokenizer.
     """
     if prompt is not None and file is not None:
         raise UsageError("--prompt and --file: give one of the two")
     if prompt is not None:
-        return prompt
+        return check_text("--prompt", prompt)
+    place = f"the prompt from {file or 'standard input'}"
     try:
         if file is not None:
-            return file.read_text(encoding="utf-8")
+            return read_text_file(file, MAX_TEXT_BYTES, place)
         if sys.stdin is None or sys.stdin.isatty():
             raise UsageError("no prompt: give -p TEXT or -f FILE, or pipe one into standard input")
-        return sys.stdin.buffer.read().decode("utf-8").removesuffix("\n")  # `echo` and heredocs add one
+        # `echo` and heredocs add a line feed
+        return read_text(sys.stdin.buffer, MAX_TEXT_BYTES, place).removesuffix("\n")
     except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt from {file or 'standard input'} is not UTF-8 text ({error})") from error
+        raise UsageError(f"{place} is not UTF-8 text ({error})") from error
     except OSError as error:
-        raise UsageError(f"the prompt file {str(file)!r}: {error.strerror}") from error
+        raise UsageError(f"{place}: {error.strerror}") from error
 
 
 def make_prompt(text: str, *, chat: bool, system: str | None) -> str | list[dict[str, str]]:
-    """The text as it is, or as the messages of a chat."""
+    """The text as it is, or as the messages of a chat.
+
+    Raises:
+        UsageError: the system message is not UTF-8.
+    """
     if system is not None:
-        return [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        return [{"role": "system", "content": check_text("--system", system)}, {"role": "user", "content": text}]
     return [{"role": "user", "content": text}] if chat else text
 
 

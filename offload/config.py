@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -13,6 +14,12 @@ from offload.units import KIB, MIB, parse_size
 KVType = Literal["f16", "f32"]
 MINIMUM: Final = "minimum"
 MAX_THREADS: Final = 512  # ggml's own limit
+
+LEAST_TEMPERATURE: Final = 1e-6
+"""Below, sampling is greedy: there float32 hardly tells logits apart, and over a far smaller one they become infinite."""
+MAX_BIAS: Final = 1e20
+"""More than any logit; over the least penalty and the least temperature together it is still finite in float32."""
+MAX_BREAKERS: Final = 100  # llama.cpp compares each with the whole vocabulary before the first token
 
 MICRO_BATCH_TOKENS: Final = 256
 """Tokens that one graph computes in prefill. Fixed, never a function of the budget: the partition of a prompt decides which
@@ -54,11 +61,29 @@ def _check_number(name: str, value: object, low: float, high: float, *, whole: b
 def _check_bias(bias: object) -> None:
     """
     Raises:
-        UsageError: not numbers by token id. The range of both is the sampler's business.
+        UsageError: not numbers by token id, or out of bounds. Which tokens there are is the sampler's business.
     """
-    entries = bias.items() if isinstance(bias, Mapping) else [(None, None)]
-    if not all(isinstance(token, Integral) and isinstance(value, Real) for token, value in entries):
-        raise UsageError(f"logit_bias={bias!r}: give a number for each token id, such as {{42: -1.5}}")
+    if not isinstance(bias, Mapping):
+        raise UsageError("logit_bias: give a number for each token id, such as {42: -1.5}; -inf excludes a token")
+    for token, value in bias.items():
+        _check_number("logit_bias, a token", token, 0, 2**31 - 1, whole=True)
+        if value != -math.inf:
+            _check_number(f"logit_bias of token {token}", value, -MAX_BIAS, MAX_BIAS, whole=False)
+
+
+def _check_breakers(breakers: tuple[str, ...]) -> None:
+    """
+    Raises:
+        UsageError: not strings of text, or too many.
+    """
+    if not all(isinstance(text, str) for text in breakers):
+        raise UsageError(f"dry_sequence_breakers={breakers!r}: give strings")
+    if len(breakers) > MAX_BREAKERS:
+        raise UsageError(f"dry_sequence_breakers: {len(breakers)} strings, at most {MAX_BREAKERS} allowed")
+    try:
+        "".join(breakers).encode()
+    except UnicodeEncodeError as error:
+        raise UsageError(f"dry_sequence_breakers: not UTF-8 text ({error})") from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +136,10 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
-    """How the next token is chosen. Names, order and defaults are llama.cpp's; temperature 0 is greedy and exact."""
+    """How the next token is chosen. Names, order and defaults are llama.cpp's; temperature 0 is greedy and exact.
+
+    A temperature below `LEAST_TEMPERATURE` counts as 0.
+    """
 
     temperature: float = 0.8
     top_k: int = 40
@@ -162,8 +190,7 @@ class SamplingConfig:
         for name, value, low, high in bounds:
             _check_number(name, value, low, high, whole=isinstance(low, int))
         _check_bias(self.logit_bias)
-        if not all(isinstance(text, str) for text in self.dry_sequence_breakers):
-            raise UsageError(f"dry_sequence_breakers={self.dry_sequence_breakers!r}: give strings")
+        _check_breakers(self.dry_sequence_breakers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -136,4 +136,5 @@ def _check_size(name: str, source: str) -> None:
 
 
 def _one_line(text: str) -> str:
-    return " ".join(text.split())[:500]
+    message, _, _ = text.partition("<backtrace>")  # of a panic, which llguidance hands on as any other error
+    return " ".join(message.split())[:500]

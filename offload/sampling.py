@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from offload.config import SamplingConfig
+from offload.config import LEAST_TEMPERATURE, SamplingConfig
 from offload.errors import BackendError, UsageError
 from offload.models.text.llama import llama
 from offload.results import Alternative, TokenLogprobs
@@ -51,7 +51,10 @@ class Sampler:
         self._vocab_size = vocab_size
         self._window = _window(config, context)
         self._chain: Any = None
+        self._excluded = frozenset(token for token, bias in config.logit_bias.items() if bias == -math.inf)
         stages = _adjusting(config, vocab_size, vocab, context)
+        if len(self._excluded) == vocab_size:
+            raise UsageError(f"logit_bias: it excludes all {vocab_size} tokens; leave one")
         if stages or not _is_greedy(config):
             self._chain = _chain([*stages, *_choosing(config, vocab_size, self.seed)])
             self._ids = np.arange(vocab_size, dtype=np.int32)
@@ -62,7 +65,7 @@ class Sampler:
         """The next token from float32 [vocab_size] logits, which are left as they are. -inf excludes a token.
 
         Raises:
-            BackendError: a logit is not a number, or every token is excluded.
+            BackendError: a logit is not a number, or every token is excluded. UsageError: the bias excludes what was left.
         """
         assert logits.shape == (self._vocab_size,) and logits.dtype == np.float32, (logits.shape, logits.dtype)
         best = int(np.argmax(logits))
@@ -70,6 +73,8 @@ class Sampler:
             raise BackendError(
                 f"logits: the largest of {self._vocab_size} is {logits[best]}, so no token can be chosen"
             )
+        if best in self._excluded and not self._leaves_some(logits):
+            raise UsageError("logit_bias: it excludes every token that could come next; leave one of them")
         return best if self._chain is None else self._apply(logits)
 
     def accept(self, token: int) -> None:
@@ -103,6 +108,11 @@ class Sampler:
         if chain is not None:
             llama.llama_sampler_free(chain)
 
+    def _leaves_some(self, logits: Logits) -> bool:
+        left = np.isfinite(logits)
+        left[list(self._excluded)] = False
+        return bool(left.any())
+
     def _apply(self, logits: Logits) -> int:
         self._candidates["id"] = self._ids  # samplers sort in place
         self._candidates["logit"] = logits
@@ -115,7 +125,7 @@ class Sampler:
 
 
 def _is_greedy(config: SamplingConfig) -> bool:
-    return config.temperature <= 0 and config.mirostat == 0
+    return config.temperature < LEAST_TEMPERATURE  # mirostat at temperature 0 has one token to choose from
 
 
 def _adjusting(config: SamplingConfig, vocab_size: int, vocab: Any, context: int) -> list[Any]:
@@ -196,7 +206,5 @@ def _logit_bias(config: SamplingConfig, vocab_size: int) -> Any:
     for entry, (token, bias) in zip(biases, config.logit_bias.items(), strict=True):
         if not 0 <= token < vocab_size:
             raise UsageError(f"logit_bias: token {token} does not exist, the vocabulary has {vocab_size}")
-        if math.isnan(bias) or bias == math.inf:
-            raise UsageError(f"logit_bias: {bias} for token {token}; give a finite bias, or -inf to exclude the token")
-        entry.token, entry.bias = token, bias
+        entry.token, entry.bias = int(token), float(bias)
     return llama.llama_sampler_init_logit_bias(vocab_size, len(biases), biases)

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -118,6 +119,15 @@ def test_a_wrong_source_is_one_line(compiler: ConstraintCompiler, source: dict[s
     with pytest.raises(UsageError, match=words) as caught:
         compiler.compile(**source)
     assert "\n" not in str(caught.value)
+
+
+def test_a_panic_of_the_library_is_told_without_its_backtrace(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    panic = ValueError("panic: attempt to subtract\n<backtrace>\n   0: rust_begin_unwind\n")
+    monkeypatch.setattr(compiler._library, "grammar_from", Mock(side_effect=panic))
+    with pytest.raises(UsageError, match=r"^grammar: panic: attempt to subtract$"):
+        compiler.compile(grammar="x")
 
 
 def test_a_tokenizer_without_an_end_cannot_be_constrained(tokenizer: Any) -> None:

@@ -4,6 +4,7 @@ import ctypes
 import math
 from collections import Counter
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -182,10 +183,56 @@ def test_logit_bias_raises_lowers_and_excludes() -> None:
     assert best not in drawn(change(logit_bias={best: -math.inf}), logits)
 
 
-@pytest.mark.parametrize("bias", [{SIZE: 1.0}, {-1: 1.0}, {0: math.nan}, {0: math.inf}])
+@pytest.mark.parametrize(
+    "bias",
+    [
+        {SIZE: 1.0},
+        {-1: 1.0},
+        {10**5000: 1.0},
+        {0: math.nan},
+        {0: math.inf},
+        {0: 1e300},
+        {0: -1e300},
+        {0: 3.4e38},
+        {0: 10**400},
+        {0: -(10**5000)},
+        {0: True},
+        {10**5000: "a"},
+    ],
+)
 def test_a_bias_that_cannot_be_is_refused(bias: dict[int, float]) -> None:
     with pytest.raises(UsageError, match="logit_bias"):
         Sampler(change(logit_bias=bias), SIZE)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-38, 1e-37, 1e-20])
+@pytest.mark.parametrize("fields", [{}, {"mirostat": 1}, {"mirostat": 2}, {"repeat_penalty": 1.1}])
+def test_a_temperature_that_no_logit_can_be_divided_by_is_greedy(temperature: float, fields: dict[str, Any]) -> None:
+    logits = logits_of(scale=20)
+    assert set(drawn(change(temperature=temperature, **fields), logits, 50)) == {int(np.argmax(logits))}
+    assert set(drawn(change(temperature=temperature, **fields), -np.abs(logits), 50)) == {
+        int(np.argmin(np.abs(logits)))
+    }
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {}, {"mirostat": 1}, {"mirostat": 2}])
+def test_a_bias_that_leaves_no_token_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="logit_bias: it excludes all 64 tokens"):
+        Sampler(change(logit_bias=dict.fromkeys(range(SIZE), -math.inf), **fields), SIZE)
+    logits = np.full(SIZE, -np.inf, dtype=np.float32)
+    logits[[7, 9]] = 1.0, 2.0  # all that a constraint allows
+    one = Sampler(change(logit_bias={9: -math.inf}, **fields), SIZE)
+    assert one.sample(logits) == 7
+    both = Sampler(change(logit_bias={7: -math.inf, 9: -math.inf}, **fields), SIZE)
+    with pytest.raises(UsageError, match="logit_bias: it excludes every token that could come next"):
+        both.sample(logits)
+
+
+@pytest.mark.parametrize("largest", [1e20, Fraction(10**20)])
+def test_the_largest_bias_still_can_be_computed_with(largest: Any) -> None:
+    for fields in ({}, {"mirostat": 2}, {"temperature": 1e-6, "repeat_penalty": 1e-3}):
+        seen = drawn(change(logit_bias={5: largest, 6: -largest}, **fields), logits_of(), 50, prompt=(5,))
+        assert set(seen) == {5}
 
 
 def test_dry_breaks_a_repetition_also_when_greedy() -> None:
@@ -232,6 +279,13 @@ def test_logprobs_are_the_log_softmax() -> None:
 def test_values_that_llama_cpp_would_misread_are_refused(fields: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(fields))):
         change(**fields)
+
+
+@pytest.mark.parametrize("breakers", [("\ud800",), ("a",) * 101, ("a", 3)])
+def test_sequence_breakers_that_cannot_be_are_refused(breakers: Any) -> None:
+    with pytest.raises(UsageError, match="dry_sequence_breakers"):
+        change(dry_sequence_breakers=breakers)
+    assert change(dry_sequence_breakers=("ü",) * 100)
 
 
 def test_closing_twice_is_fine() -> None:

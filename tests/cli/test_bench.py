@@ -1,10 +1,12 @@
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from support.fake_engine import IO
 
 from offload.cli.bench import summarize
+from offload.errors import StorageError
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +40,13 @@ def test_markdown_and_terminal_tables_hold_the_same(invoke, engine_module, model
     assert "| tg32 | 5.40 | 1.61 GB/s | 50% | 25% |" in markdown[2]
     table = invoke("bench", model, "-r", 1, "-p", 0).stdout
     assert "tg32" in table and "50%" in table and "pp512" not in table
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_trace_that_fails_at_the_end_costs_no_report(invoke, engine_module, model, tmp_path, monkeypatch, options):
+    monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=StorageError("no space")))
+    result = invoke("bench", model, "-r", 1, "--trace", tmp_path / "trace.json", *options)
+    assert "tg32" in result.stdout and (result.exit_code, result.stderr) == (1, "offload: error: no space\n")
 
 
 def test_nothing_to_measure_is_bad_usage(invoke, engine_module, model):

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import os
 import signal
@@ -8,11 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from support.endless import endless
 
 from offload.cli import chat_files
 from offload.cli.chat_files import chat_path, history_path, load_chat, save_chat
 from offload.cli.chat_input import LineHistory, PlainInput, is_open, unquote
 from offload.errors import CheckpointError, StorageError, UsageError
+from offload.models.text.bounds import MAX_TEXT_BYTES
 
 MESSAGES = [{"role": "user", "content": "hi, ü"}, {"role": "assistant", "content": "hello\n"}]
 
@@ -25,6 +28,13 @@ def test_what_is_saved_is_loaded(tmp_path):
     save(tmp_path / "chat.json")
     assert load_chat(tmp_path / "chat.json") == (MESSAGES, {"seed": 1, "stop": ["x"]})
     assert (tmp_path / "chat.json").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_is_no_utf8_is_saved_as_json_escapes_and_loaded_as_it_was(tmp_path):
+    messages, options = [{"role": "user", "content": "caf\udce9 \ud800, ü"}], {"stop": ("\udce9",)}
+    save_chat(tmp_path / "chat.json", messages, model="m\udce9", options=options)
+    assert "ü" in (tmp_path / "chat.json").read_text(encoding="utf-8")
+    assert load_chat(tmp_path / "chat.json") == (messages, {"stop": ["\udce9"]})
 
 
 def test_the_folder_of_named_chats_is_made_and_no_other(tmp_path):
@@ -190,6 +200,14 @@ def test_triple_quotes(text, opened, bare):
     assert is_open(text) is opened
     if bare is not None:
         assert unquote(text) == bare
+
+
+@pytest.mark.parametrize("first", [b"", b'"""\n'])
+def test_a_message_without_an_end_is_refused_at_the_limit(first):
+    stream, raw = endless(first)
+    with pytest.raises(UsageError, match=r"a message of more than 64\.0 MiB"):
+        PlainInput(io.TextIOWrapper(stream, encoding="utf-8")).read()
+    assert raw.given < MAX_TEXT_BYTES + 2**20
 
 
 def test_an_unclosed_quote_at_the_end_of_a_pipe_still_ends(tmp_path):

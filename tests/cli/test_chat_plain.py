@@ -91,6 +91,23 @@ def test_saved_chat_is_loaded_again(invoke, engine_module, model, tmp_path):
     assert options[1]["seed"] == options[2]["seed"] == 7
 
 
+def test_the_given_system_message_beats_the_saved_one_and_its_variable_does_not(invoke, engine_module, model, tmp_path):
+    path = tmp_path / "talk.json"
+    chat(invoke, model, f"/save {path}\n", "--system", "Be brief.")
+    chat(invoke, model, "one\n", "--load", path, "--system", "Rhyme.")
+    chat(invoke, model, "one\n", "--load", path, "--system", "")
+    invoke("chat", model, "--load", path, input="one\n", env={"OFFLOAD_SYSTEM": "Sing."})
+    invoke("chat", model, input="one\n", env={"OFFLOAD_SYSTEM": "Sing."})
+    first = [prompt[0]["content"] for prompt in engine_module.engine.prompts]
+    assert first == ["Rhyme.", "one", "Be brief.", "Sing."]
+
+
+def test_a_line_that_is_no_utf8_is_bad_usage(invoke, engine_module, model):
+    result = chat(invoke, model, b"caf\xe9\n")
+    assert result.exit_code == 2 and "standard input is not UTF-8 text" in result.stderr
+    assert result.stderr.count("\n") == 1 and engine_module.engine.prompts == []
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

@@ -1,5 +1,7 @@
 """The chat on a real terminal: a pseudo-terminal, and a screen that obeys its escape sequences."""
 
+import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +11,9 @@ import pytest
 
 pytest.importorskip("pexpect")
 from support.terminal import CTRL_C, CTRL_D, ROOT, Terminal
+
+from offload.cli.chat_files import FORMAT, load_chat
+from offload.cli.interrupt import signals_unwind
 
 PROGRAM = str(ROOT / "tests" / "support" / "fake_chat.py")
 
@@ -150,6 +155,53 @@ def test_a_failed_save_is_one_line_and_the_chat_goes_on(terminal):
     screen.wait_for("error: cannot save the chat to /proc/nowhere")
     screen.type("/bye\r")
     assert screen.leave() == 0
+
+
+def test_what_is_no_utf8_is_refused_and_the_chat_goes_on_and_is_saved(terminal, tmp_path):
+    strange = tmp_path / "strange.json"
+    strange.write_text(json.dumps({"format": FORMAT, "messages": [{"role": "system", "content": "\ud800!"}]}))
+    screen = terminal()
+    for line, words in (
+        (b"caf\xe9\r", "error: the message: it is not UTF-8 text"),
+        (b"/set stop caf\xe9\r", "error: stop: it is not UTF-8 text"),
+        (b"/save " + bytes(tmp_path) + b"/caf\xe9.json\r", "saved to"),
+        (f"/load {strange}\r".encode(), "0 messages loaded"),
+        (b"/show system\r", "\n!"),
+        (f"/save {tmp_path}/again.json\r".encode(), "again.json"),
+        (b"hi\r", "capital."),
+    ):
+        screen.process.send(line)
+        screen.wait_for(words)
+    screen.type("/bye\r")
+    assert screen.leave() == 0 and "Traceback" not in screen.text()
+    assert load_chat(tmp_path / "again.json")[0] == [{"role": "system", "content": "\ud800!"}]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("moment", ["prompt", "answer"])
+def test_a_signal_that_ends_the_chat_leaves_the_terminal_as_it_was(terminal, number, moment):
+    screen = terminal(answer="word " * 2000, token_s=0.02)
+    if moment == "answer":
+        screen.type("go\r")
+        screen.wait_for("tok/s")
+    screen.process.kill(number)
+    screen.leave()
+    assert screen.process.signalstatus == number
+    assert screen.raw.rfind(b"\x1b[?25h") > screen.raw.rfind(b"\x1b[?25l")
+    assert screen.left_cooked
+    assert "Traceback" not in screen.text() and "bound by" not in screen.text()
+
+
+@pytest.mark.parametrize("before", [signal.SIG_IGN, lambda number, frame: None])
+def test_signals_that_somebody_handles_are_left_alone(before):
+    earlier = signal.signal(signal.SIGHUP, before)
+    try:
+        with signals_unwind():
+            assert signal.getsignal(signal.SIGHUP) is before
+            assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+        assert signal.getsignal(signal.SIGHUP) is before and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, earlier)
 
 
 def test_an_engine_that_closed_ends_the_chat(terminal):

@@ -1,13 +1,19 @@
+import io
 import json
 import os
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+from support.endless import endless
 from support.fake_engine import ANSWER
 
-from offload.errors import BudgetError, StorageError
+from offload.cli.run import read_prompt
+from offload.constraint import MAX_SOURCE_BYTES
+from offload.errors import BudgetError, StorageError, UsageError
+from offload.models.text.bounds import MAX_TEXT_BYTES
 
 
 def test_text_goes_to_stdout_with_one_line_feed(invoke, engine_module, model):
@@ -72,6 +78,22 @@ def test_trace_is_written_also_when_the_answer_fails(invoke, engine_module, mode
     assert engine_module.engine.traces == [tmp_path / "trace.json"]
 
 
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_trace_that_fails_at_the_end_costs_no_answer(invoke, engine_module, model, tmp_path, monkeypatch, options):
+    failure = StorageError("trace: No space left on device")
+    monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=failure))
+    result = invoke("run", model, "-p", "x", "--stats", "--trace", tmp_path / "trace.json", *options)
+    assert ANSWER in result.stdout and "5.4 tok/s" in result.stderr
+    assert result.exit_code == 1 and result.stderr.endswith("offload: error: trace: No space left on device\n")
+
+
+def test_a_trace_that_fails_does_not_hide_what_failed_before(invoke, engine_module, model, tmp_path, monkeypatch):
+    engine_module.engine.failure = StorageError("read failed", errno=5)
+    monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=StorageError("No space left")))
+    result = invoke("run", model, "-p", "x", "--trace", tmp_path / "trace.json")
+    assert result.exit_code == 1 and result.stderr == "offload: error: read failed\n"
+
+
 @pytest.mark.parametrize(
     ("place", "words"),
     [("absent/trace.json", "no such folder"), (".", "not a regular file"), (os.devnull, "not a regular file")],
@@ -110,6 +132,56 @@ def test_bad_usage_exits_with_2(invoke, engine_module, model, arguments, words):
 def test_prompt_that_is_not_text_is_bad_usage(invoke, engine_module, model):
     result = invoke("run", model, input=b"\xff\xfe")
     assert result.exit_code == 2 and "not UTF-8" in result.stderr
+
+
+def test_a_prompt_without_an_end_is_refused_at_the_limit(monkeypatch):
+    stream, raw = endless()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(stream, encoding="utf-8"))
+    with pytest.raises(UsageError, match=r"^the prompt from standard input: more than 64\.0 MiB"):
+        read_prompt(None, None)
+    assert raw.given < MAX_TEXT_BYTES + 2**20
+
+
+def test_a_prompt_file_that_is_too_large_is_refused(invoke, engine_module, model, tmp_path):
+    sparse = tmp_path / "sparse"
+    with sparse.open("wb") as file:
+        file.truncate(MAX_TEXT_BYTES + 1)
+    result = invoke("run", model, "-f", sparse)
+    assert result.exit_code == 2 and f"the prompt from {sparse}: more than 64.0 MiB" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert engine_module.loads == []
+
+
+@pytest.mark.parametrize("option", ["--grammar", "--json-schema"])
+def test_a_constraint_without_an_end_is_refused_at_the_limit(invoke, engine_module, model, tmp_path, option):
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(MAX_SOURCE_BYTES + 1)
+    result = invoke("run", model, "-p", "x", option, f"@{tmp_path / 'sparse'}")
+    assert result.exit_code == 2 and "sparse: more than 1.00 MiB" in result.stderr
+    assert result.stderr.startswith(f"offload: error: {option} @") and result.stderr.count("\n") == 1
+    assert engine_module.loads == []
+
+
+def test_line_ends_of_a_file_are_those_of_text(invoke, engine_module, model, tmp_path):
+    (tmp_path / "prompt.txt").write_bytes(b"one\r\ntwo\rthree\n")
+    invoke("run", model, "-f", tmp_path / "prompt.txt")
+    assert engine_module.engine.prompts == ["one\ntwo\nthree\n"]
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (["-p", "caf\udce9"], "--prompt"),
+        (["-p", "x", "--system", "caf\udce9"], "--system"),
+        (["-p", "x", "--stop", "caf\udce9"], "--stop"),
+        (["-p", "x", "--grammar", 'root ::= "caf\udce9"'], "--grammar"),
+        (["-p", "x", "--json-schema", '{"const": "caf\udce9"}'], "--json-schema"),
+    ],
+)
+def test_an_argument_that_is_not_text_is_bad_usage(invoke, engine_module, model, option, name):
+    result = invoke("run", model, *option)
+    assert result.exit_code == 2 and f"{name}: it is not UTF-8 text" in result.stderr
+    assert result.stderr.count("\n") == 1 and engine_module.engine.prompts == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A program on a pseudo-terminal, and a screen that obeys its escape sequences: what a person would see."""
 
 import os
+import termios
 import time
 from pathlib import Path
 
@@ -13,7 +14,10 @@ CTRL_C, CTRL_D = "\x03", "\x04"
 
 
 class Terminal:
-    """`text` is what was ever on the screen, `raw` the bytes that came."""
+    """`text` is what was ever on the screen, `raw` the bytes that came.
+
+    `left_cooked`: after `leave`, whether the terminal echoed and edited lines, as a shell's user expects.
+    """
 
     def __init__(self, *command: str, home: Path) -> None:
         environment = os.environ | {
@@ -26,6 +30,7 @@ class Terminal:
         self.screen = pyte.HistoryScreen(COLUMNS, ROWS, history=10_000)
         self._stream = pyte.ByteStream(self.screen)
         self.raw = b""
+        self.left_cooked = False
         program, *arguments = command
         self.process = pexpect.spawn(program, arguments, env=environment, dimensions=(ROWS, COLUMNS), timeout=20)
 
@@ -44,14 +49,16 @@ class Terminal:
     def type(self, keys: str) -> None:
         self.process.send(keys)
 
-    def leave(self) -> int:
-        """Feed the rest of the output and return the exit code."""
+    def leave(self) -> int | None:
+        """Feed the rest of the output and return the exit code; None where a signal ended the program."""
         deadline = time.monotonic() + 20
         while self.process.isalive() and time.monotonic() < deadline:
             self._pump()
         self._pump()
+        cooked = termios.ECHO | termios.ICANON
+        self.left_cooked = termios.tcgetattr(self.process.child_fd)[3] & cooked == cooked
         self.process.close()
-        return int(self.process.exitstatus)
+        return None if self.process.exitstatus is None else int(self.process.exitstatus)
 
     def _pump(self) -> None:
         try:
