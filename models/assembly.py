@@ -148,6 +148,8 @@ class Assembly:
         embedding_scale: float = 1.0,
         logit_scale: float | None = None,
         softcap: float | None = None,
+        value_dim: int | None = None,
+        shares_values: bool = False,
     ) -> Model:
         """Appends the head and closes the model. `tied`: the head's matrix is the token table."""
         shape = self.shape
@@ -177,6 +179,8 @@ class Assembly:
             context_length=shape.context_length,
             sliding_windows=windows,
             embedding_scale=embedding_scale,
+            value_dim=value_dim,
+            shares_values=shares_values,
         )
         return Model(
             config=config,
@@ -235,6 +239,17 @@ class Assembly:
         self.check(tensor, weight, (rows, columns))
         self._matrices[weight] = tensor
         return Projection(weight, self.vector(bias_name, rows) if bias or bias_name in self else None)
+
+    def projection_heads(self, name: str, rows: int, columns: int) -> str:
+        """Registers a matrix [rows, columns] for each head, and returns its name."""
+        tensor = self.tensor(name, 3)
+        self.check(tensor, name, (self.shape.num_heads, rows, columns))
+        self._matrices[name] = tensor
+        return name
+
+    def add(self, stage: Stage) -> None:
+        """Appends a stage that a family makes itself."""
+        self._stages.append(stage)
 
     def single_row(self, name: str) -> str:
         """Registers a matrix of one row, which a file may store as a vector, and returns its name."""

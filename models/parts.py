@@ -16,8 +16,12 @@ ROW_GROUP: Final = 64
 
 
 def movable_parts(matrix: TensorInfo, most_bytes: int = PART_BYTES) -> tuple[TensorInfo, ...]:
-    """The matrix as nearly equal ranges of rows of at most `most_bytes` each; as one where its rows are no whole groups."""
-    return (matrix,) if matrix.shape[0] % ROW_GROUP else _row_ranges(matrix, most_bytes)
+    """The matrix as nearly equal ranges of rows of at most `most_bytes` each; as one where its rows are no whole groups.
+
+    Matrices of which there is one for each head move together.
+    """
+    whole = len(matrix.shape) > 2 or matrix.shape[0] % ROW_GROUP
+    return (matrix,) if whole else _row_ranges(matrix, most_bytes)
 
 
 def head_parts(head: TensorInfo, most_bytes: int = HEAD_PART_BYTES) -> dict[str, TensorInfo]:

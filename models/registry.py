@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 
 from offload.errors import UnsupportedError
 from offload.models import (
+    deepseek,
     gemma2,
     gemma3,
     glm4_moe,
@@ -38,6 +39,8 @@ class Family(NamedTuple):
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
+    "deepseek_v2": Family(deepseek.build, deepseek.V2_DEFAULTS),
+    "deepseek_v3": Family(deepseek.build, deepseek.V3_DEFAULTS),
     "gemma2": Family(gemma2.build, gemma2.DEFAULTS),
     "gemma3": Family(gemma3.build, gemma3.DEFAULTS),
     "gemma3_text": Family(gemma3.build, gemma3.DEFAULTS),
@@ -57,7 +60,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "smollm3": Family(smollm3.build, smollm3.DEFAULTS),
 }
 """By `model_type` of a config.json, which most often is `general.architecture` of a GGUF too."""
-GGUF_FAMILIES: Final = {"glm4moe": "glm4_moe", "gpt-oss": "gpt_oss", "qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe"}
+GGUF_FAMILIES: Final = {
+    "deepseek2": "deepseek_v3",
+    "glm4moe": "glm4_moe",
+    "gpt-oss": "gpt_oss",
+    "qwen2moe": "qwen2_moe",
+    "qwen3moe": "qwen3_moe",
+}
 """By `general.architecture`, where that is another name."""
 
 

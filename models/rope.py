@@ -15,24 +15,31 @@ from offload.models.hyperparameters import Settings
 _FACTORS = "rope_freqs.weight"
 
 
-def rope_of(settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False, partial: bool = False) -> Rope:
+def rope_of(
+    settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False, partial: bool = False,
+    dims: int | None = None, mscale: bool = False,
+) -> Rope:  # fmt: skip
     """The rotation of all layers of a model that has only one.
 
     Args:
         ctx: context length that the model will be run with; longrope chooses its factors by it.
         interleaved: the pairing of rotated features in GGUF files; Hugging Face's files always pair halves.
         partial: the family may rotate only the leading part of each head.
+        dims: features that are rotated, where a config.json tells it in the family's own way.
+        mscale: the family scales scores in stretched contexts itself, so the rotation does not.
 
     Raises:
         UnsupportedError: a scaling that is not implemented.
         CheckpointError: parameters of the scaling are missing or senseless.
     """
     if settings.is_gguf:
-        return gguf_rope(settings, parts, ctx, interleaved=interleaved)
-    return huggingface_rope(settings, rope_section(settings), parts, ctx, partial=partial)
+        return gguf_rope(settings, parts, ctx, interleaved=interleaved, mscale=mscale)
+    return huggingface_rope(settings, rope_section(settings), parts, ctx, partial=partial, dims=dims)
 
 
-def gguf_rope(settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False) -> Rope:
+def gguf_rope(
+    settings: Settings, parts: Assembly, ctx: int, *, interleaved: bool = False, mscale: bool = False
+) -> Rope:
     """The rotation that a GGUF file describes. See `rope_of`."""
     dims = _rotated(settings, parts, settings.count("rope.dimension_count", parts.shape.head_dim))
     theta = settings.number("rope.freq_base", 10_000.0)
@@ -44,7 +51,10 @@ def gguf_rope(settings: Settings, parts: Assembly, ctx: int, *, interleaved: boo
         raise UnsupportedError(f"{settings.path}: rope scaling {kind!r} is not supported")
     plain = Rope(dims=dims, theta=theta, interleaved=interleaved, magnitude=magnitude)
     if kind == "yarn":
-        return _yarn(plain, parts, settings, factor, original, settings.number("rope.scaling.attn_factor", 1.0))
+        if settings.get("rope.scaling.yarn_log_multiplier") and not mscale:
+            raise UnsupportedError(f"{settings.path}: yarn scaling with a log multiplier is not supported")
+        grown = 1.0 if settings.get("rope.scaling.yarn_log_multiplier") else _growth(factor)
+        return _yarn(plain, parts, settings, factor, original, magnitude * grown)
     stored = "rope_factors_long.weight" if ctx > original else "rope_factors_short.weight"
     stored = _FACTORS if _FACTORS in parts else stored
     return Rope(
@@ -82,6 +92,7 @@ def huggingface_rope(
     *,
     theta: float | None = None,
     partial: bool = False,
+    dims: int | None = None,
     name: str = _FACTORS,
 ) -> Rope:
     """The rotation that a section of a config.json describes. See `rope_of`.
@@ -94,7 +105,7 @@ def huggingface_rope(
     share = section.number("partial_rotary_factor", settings.number("partial_rotary_factor", 1.0))
     if share != 1.0 and not partial:
         raise UnsupportedError(f"{settings.path}: partial_rotary_factor is {share}; only 1 is supported here")
-    plain = Rope(dims=_rotated(settings, parts, int(parts.shape.head_dim * share)), theta=theta)
+    plain = Rope(dims=_rotated(settings, parts, dims or int(parts.shape.head_dim * share)), theta=theta)
     kind = section.text("rope_type", section.text("type", "default"))
     if kind == "default" or (kind == "dynamic" and ctx <= parts.shape.context_length):
         return plain  # dynamic scaling only changes what lies beyond the trained context
@@ -107,7 +118,8 @@ def huggingface_rope(
     if kind in ("longrope", "su"):
         return _longrope(plain, parts, section, ctx, original, name)
     if kind == "yarn":
-        return _yarn(plain, parts, section, section.number("factor"), original, None, name)
+        factor = section.number("factor")
+        return _yarn(plain, parts, section, factor, original, _yarn_magnitude(section, factor), name)
     raise UnsupportedError(f"{settings.path}: rope scaling {kind!r} is not supported at a context of {ctx}")
 
 
@@ -160,7 +172,7 @@ def _yarn(
     section: Settings,
     factor: float,
     original: int,
-    magnitude: float | None,
+    magnitude: float,
     name: str = _FACTORS,
 ) -> Rope:
     """Fast rotations kept, slow ones stretched, a ramp between (YaRN, arXiv 2309.00071)."""
@@ -169,25 +181,34 @@ def _yarn(
             f"{section.path}: rope base {plain.theta}; yarn needs one above 1", path=str(section.path)
         )
     prefix = "rope.scaling.yarn_" if section.is_gguf else ""
-    if section.get("mscale") or section.get("mscale_all_dim") or section.get(f"{prefix}log_multiplier"):
-        raise UnsupportedError(f"{section.path}: yarn scaling with mscale is not supported")
     fast, slow = section.number(f"{prefix}beta_fast", 32.0), section.number(f"{prefix}beta_slow", 1.0)
 
     def turning_index(rotations: float) -> float:
         return plain.dims * log(original / (rotations * 2 * pi)) / (2 * log(plain.theta))
 
-    low, high = max(0, floor(turning_index(fast))), min(plain.dims - 1, ceil(turning_index(slow)))
+    first, last = turning_index(fast), turning_index(slow)
+    if section.is_gguf or section.flag("truncate", True):
+        first, last = floor(first), ceil(last)
+    low, high = max(0, first), min(plain.dims - 1, last)
     divisors = []
     for index in range(plain.dims // 2):
         stretched = min(1.0, max(0.0, (index - low) / max(0.001, high - low)))
         divisors.append(1.0 / (stretched / factor + 1.0 - stretched))
-    grown = 0.1 * log(factor) + 1.0 if factor > 1 else 1.0
-    if magnitude is None:
-        grown = section.number("attention_factor", grown)
     return Rope(
         dims=plain.dims,
         theta=plain.theta,
         interleaved=plain.interleaved,
         factors=parts.constant(name, tuple(divisors)),
-        magnitude=grown * (magnitude or 1.0),
+        magnitude=magnitude,
     )
+
+
+def _growth(factor: float, rate: float = 1.0) -> float:
+    """YaRN's factor on rotated vectors in a context stretched by `factor`."""
+    return 0.1 * rate * log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _yarn_magnitude(section: Settings, factor: float) -> float:
+    rate, of_scores = section.optional_number("mscale"), section.optional_number("mscale_all_dim")
+    grown = _growth(factor, rate) / _growth(factor, of_scores) if rate and of_scores else _growth(factor)
+    return section.number("attention_factor", grown)

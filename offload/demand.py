@@ -44,7 +44,7 @@ def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
             key=BlockKey("weight", stage.layer, name, number),
             nbytes=part.nbytes,
             extent=part.extent,
-            columns=part.shape[1],
+            columns=part.shape[-1],
         )
         for stage in model.stages
         for name in stage.matrices

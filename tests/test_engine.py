@@ -80,10 +80,12 @@ def test_experts_of_every_kind_have_the_same_bits_in_few_slots_and_in_the_pass(
         assert np.array_equal(logits, seen[0][2])
 
 
-def test_experts_with_biases_have_the_same_bits_at_every_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2", "deepseek_v3"])
+def test_what_only_gguf_files_have_gives_the_same_bits_at_every_budget(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = gguf_checkpoint("gpt_oss", tmp_path)
+    """Biased experts and sinks; unfolding matrices head by head, whose products stream too, and a cache without values."""
+    path = gguf_checkpoint(family, tmp_path)
     seen = []
     for share in (0, 0.4, 1):
         monkeypatch.setattr("offload.opening.make_plan", budget_at(share))

@@ -117,11 +117,24 @@ class Ops(Protocol[T]):
         ...
 
     def split(self, x: T, sizes: Sequence[int]) -> tuple[T, ...]:
-        """Consecutive slices of the last dimension: [num_tokens, sum(sizes)] -> [num_tokens, size] each."""
+        """Consecutive slices of the last dimension: [.., sum(sizes)] -> [.., size] each."""
         ...
 
     def heads(self, x: T, num_heads: int) -> T:
         """[num_tokens, num_heads * head_dim] -> [num_tokens, num_heads, head_dim]."""
+        ...
+
+    def concat(self, a: T, b: T) -> T:
+        """[num_tokens, num_heads, m] and [num_tokens, num_heads or 1, n] -> [num_tokens, num_heads, m + n]."""
+        ...
+
+    def linear_heads(self, x: T, weight: str) -> T:
+        """Each head by a matrix of its own, [num_heads, out_features, in_features]: [num_tokens, num_heads, in_features] ->
+        [num_tokens, num_heads, out_features]."""
+        ...
+
+    def flat(self, x: T) -> T:
+        """[num_tokens, num_heads, head_dim] -> [num_tokens, num_heads * head_dim]."""
         ...
 
     def rope(self, x: T, rope: Rope) -> T:

@@ -90,7 +90,6 @@ def test_senseless_numbers_are_refused(llama: Checkpoint, changes: dict[str, Any
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized by 'gptq'; use the original weights or a GGUF"),
         ({"rope_parameters": {"rope_type": "mystery"}}, "rope scaling 'mystery'"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7}}, "yarn scaling with mscale"),
     ],
 )
 def test_what_is_not_implemented_is_named(llama: Checkpoint, changes: dict[str, Any], message: str) -> None:
@@ -146,7 +145,7 @@ def test_no_value_of_any_key_breaks_more_than_the_load(family: str, tmp_path: Pa
 def test_unknown_architecture_lists_the_known(llama: Checkpoint) -> None:
     for ask in (lambda model: build_model(model, 64), default_context):
         with pytest.raises(
-            UnsupportedError, match=r"'mamba' is not supported; this version runs gemma2, .*llama.*smollm3"
+            UnsupportedError, match=r"'mamba' is not supported; this version runs .*gemma2.*llama.*smollm3"
         ):
             ask(replace(llama, architecture="mamba"))
 

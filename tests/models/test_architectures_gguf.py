@@ -67,6 +67,11 @@ LONGROPE: dict[str, Any] = {"rope_parameters": longrope_scaling(16), "sliding_wi
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-3.1": ("llama", {"rope_parameters": LLAMA3_SCALING, "tie_word_embeddings": True}),
     "llama-linear": ("llama", {"rope_parameters": LINEAR_SCALING, "attention_bias": True}),
+    "deepseek-v3-yarn": ("deepseek_v3", {"rope_parameters": YARN_SCALING | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek-v3-yarn-weaker": (
+        "deepseek_v3",
+        {"rope_parameters": YARN_SCALING | {"mscale": 0.7, "mscale_all_dim": 0.7}},
+    ),
     "qwen2-yarn": ("qwen2", {"rope_parameters": YARN_SCALING}),
     "phi3-longrope": ("phi3", LONGROPE | {"original_max_position_embeddings": 24}),
     "phi3-shortrope": ("phi3", LONGROPE | {"original_max_position_embeddings": 256, "max_position_embeddings": 512}),

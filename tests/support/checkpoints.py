@@ -50,6 +50,18 @@ _OWN: dict[str, dict[str, Any]] = {
     },
 }
 _EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+_LATENT = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 24,
+}
 _MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 7},
     "qwen2_moe": _EXPERTS | {"shared_expert_intermediate_size": 48},
@@ -67,6 +79,8 @@ _MIXTURES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
         "use_qk_norm": True,
     },
+    "deepseek_v2": _LATENT | {"n_shared_experts": 2, "routed_scaling_factor": 1.3},
+    "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.7},
 }
 _OWN |= _MIXTURES
 FAMILIES = tuple(_OWN)

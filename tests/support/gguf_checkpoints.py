@@ -20,8 +20,17 @@ from safetensors.torch import load_file
 from support.checkpoints import tiny_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_ARCHITECTURES = {"mistral": "llama", "gemma3_text": "gemma3", "mixtral": "llama", "qwen2_moe": "qwen2moe",
-                  "qwen3_moe": "qwen3moe", "glm4_moe": "glm4moe", "gpt_oss": "gpt-oss"}  # fmt: skip
+_ARCHITECTURES = {
+    "mistral": "llama",
+    "gemma3_text": "gemma3",
+    "mixtral": "llama",
+    "qwen2_moe": "qwen2moe",
+    "qwen3_moe": "qwen3moe",
+    "glm4_moe": "glm4moe",
+    "gpt_oss": "gpt-oss",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+}
 _GGUF_NAMES = {"granitemoe": "GRANITE_MOE", "glm4moe": "GLM4_MOE", "gpt-oss": "GPT_OSS"}  # of gguf's own constants
 _PERMUTED = ("llama", "smollm3", "granite", "granitemoe")  # rotated pairs are stored as neighbours
 SIZES_FOR_K_QUANTS = {"hidden_size": 256, "intermediate_size": 512}
@@ -40,7 +49,7 @@ def gguf_checkpoint(family: str, folder: Path, element: str = "F32", **overrides
     _write_vocabulary(writer, model.config.vocab_size)
     constant = _GGUF_NAMES.get(architecture, architecture.upper())
     names = gguf.get_tensor_name_map(getattr(MODEL_ARCH, constant), model.config.num_hidden_layers)
-    for name, tensor in _stacked(_stored(model)).items():
+    for name, tensor in _split_heads(_stacked(_stored(model)), model.config).items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
         converted = _convert(architecture, model.config, name, tensor).numpy()
@@ -89,6 +98,20 @@ def _stacked(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             result[name.replace("e_score_correction_bias", "e_score_correction.bias")] = tensor
     stacked = {name: torch.stack([parts[index] for index in sorted(parts)]) for name, parts in groups.items()}
     return result | stacked
+
+
+def _split_heads(tensors: dict[str, torch.Tensor], config: Any) -> dict[str, torch.Tensor]:
+    """DeepSeek's unfolding matrix as two, head by head, the first transposed."""
+    result = {}
+    for name, tensor in tensors.items():
+        if "kv_b_proj" not in name:
+            result[name] = tensor
+            continue
+        heads = tensor.unflatten(0, (config.num_attention_heads, -1))
+        key, value = heads.split([config.qk_nope_head_dim, config.v_head_dim], dim=1)
+        result[name.replace("kv_b", "k_b")] = key.mT.contiguous()
+        result[name.replace("kv_b", "v_b")] = value.contiguous()
+    return result
 
 
 def quantize(values: np.ndarray[Any, Any], element: str) -> np.ndarray[Any, Any]:
@@ -142,11 +165,14 @@ def _write_metadata(writer: GGUFWriter, architecture: str, config: Any) -> None:
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(1 if architecture == "deepseek2" else config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    if architecture == "deepseek2":
+        _write_latent(writer, config)
+    else:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     writer.add_vocab_size(config.vocab_size)
     _write_rope(writer, config, head_dim)
     if architecture in ("gemma2", "gemma3", "phi3", "gpt-oss") and config.sliding_window:
@@ -165,23 +191,34 @@ def _write_metadata(writer: GGUFWriter, architecture: str, config: Any) -> None:
         writer.add_logit_scale(config.logits_scaling)
 
 
+def _write_latent(writer: GGUFWriter, config: Any) -> None:
+    writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
+
+
 def _write_experts(writer: GGUFWriter, architecture: str, config: Any) -> None:
     writer.add_expert_count(getattr(config, "num_local_experts", None) or config.num_experts)
     writer.add_expert_used_count(config.num_experts_per_tok)
     if architecture == "gpt-oss":
         writer.add_expert_feed_forward_length(config.intermediate_size)
-    if architecture in ("qwen2moe", "qwen3moe", "glm4moe"):
+    if architecture in ("qwen2moe", "qwen3moe", "glm4moe", "deepseek2"):
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     if architecture == "qwen2moe":
         writer.add_expert_shared_feed_forward_length(config.shared_expert_intermediate_size)
-    if architecture == "glm4moe":
+    if architecture in ("glm4moe", "deepseek2"):
         writer.add_expert_shared_count(config.n_shared_experts)
         writer.add_leading_dense_block_count(config.first_k_dense_replace)
         writer.add_expert_weights_scale(config.routed_scaling_factor)
         writer.add_expert_weights_norm(config.norm_topk_prob)
-        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
-        writer.add_expert_group_count(config.n_group)
-        writer.add_expert_group_used_count(config.topk_group)
+        kinds = gguf.ExpertGatingFuncType
+        writer.add_expert_gating_func(kinds.SOFTMAX if config.model_type == "deepseek_v2" else kinds.SIGMOID)
+        if config.n_group:
+            writer.add_expert_group_count(config.n_group)
+            writer.add_expert_group_used_count(config.topk_group)
 
 
 def _write_rope(writer: GGUFWriter, config: Any, head_dim: int) -> None:
@@ -195,6 +232,8 @@ def _write_rope(writer: GGUFWriter, config: Any, head_dim: int) -> None:
     if rope["rope_type"] in kinds:
         writer.add_rope_scaling_type(kinds[rope["rope_type"]])
         writer.add_rope_scaling_factor(rope["factor"])
+    if rope.get("mscale_all_dim"):
+        writer.add_rope_scaling_yarn_log_mul(0.1 * rope["mscale_all_dim"])
     if rope["rope_type"] in ("yarn", "longrope"):
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
     if rope["rope_type"] == "longrope":

@@ -262,16 +262,20 @@ class GgmlBackend:
             for name, parts in self._model.parts.items()
         }
         for name, info in self._model.matrices.items():
-            self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, info.element.ggml_id, info.shape[1], info.shape[0]))
+            self._adopt(name, self._matrix(info))
             for key, part in zip(self._keys[name], self._model.parts[name], strict=True):
-                self._parts[key] = lib.ggml_new_tensor_2d(
-                    self._tensors, info.element.ggml_id, part.shape[1], part.shape[0]
-                )
+                self._parts[key] = self._matrix(part)
                 self._part_cells[key] = self._anchored(self._parts[key])
         for name, vector in self._model.vectors.items():
             shape = (len(vector.values),) if vector.tensor is None else vector.tensor.shape
             rows, length = (1, *shape)[-2:]
             self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, F32.ggml_id, length, rows))
+
+    def _matrix(self, info: TensorInfo) -> int:
+        """A tensor for a matrix, or for one of each head."""
+        heads, rows, columns = (1, *info.shape)[-3:]
+        tensor: int = self._lib.ggml_new_tensor_3d(self._tensors, info.element.ggml_id, columns, rows, heads)
+        return tensor
 
     def _is_contiguous(self, keys: Sequence[BlockKey]) -> bool:
         """Whether the parts of a matrix lie as they do in the file, so that they can be used as one."""
@@ -346,7 +350,7 @@ class GgmlBackend:
         cutter = Cutter(lib, context, graph, self._forms)
         ops = GgmlOps(
             lib, context, graph,
-            weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[0],
+            weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[-2],
             on_linear=cutter.note, kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
             experts=self._experts.recorder(number, graph, cutter.end_piece),
         )  # fmt: skip

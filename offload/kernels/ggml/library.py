@@ -91,6 +91,8 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_get_rows": (_P, (_P, _P, _P)),
     "ggml_set_rows": (_P, (_P, _P, _P, _P)),
     "ggml_cont": (_P, (_P, _P)),
+    "ggml_concat": (_P, (_P, _P, _P, _I)),
+    "ggml_repeat_4d": (_P, (_P, _P, _L, _L, _L, _L)),
     "ggml_permute": (_P, (_P, _P, _I, _I, _I, _I)),
     "ggml_reshape_2d": (_P, (_P, _P, _L, _L)),
     "ggml_reshape_3d": (_P, (_P, _P, _L, _L, _L)),

@@ -6,6 +6,7 @@ The order of operations is llama.cpp's, so that the same file gives the same bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 from offload.elements import F32
@@ -129,12 +130,41 @@ class GgmlOps:
 
     def split(self, x: Node, sizes: Sequence[int]) -> tuple[Node, ...]:
         """Slices of the last dimension, as views."""
-        parts, offset = [], 0
-        for size in sizes:
-            view = self._lib.ggml_view_2d(self._ctx, x.tensor, size, x.shape[0], x.row_nbytes, offset * FLOAT_BYTES)
-            parts.append(Node(view, (x.shape[0], size), x.row_nbytes))
-            offset += size
-        return tuple(parts)
+        return tuple(self._slice(x, end - size, size) for size, end in zip(sizes, accumulate(sizes), strict=True))
+
+    def _slice(self, x: Node, start: int, size: int) -> Node:
+        offset = start * FLOAT_BYTES
+        if len(x.shape) == 2:
+            view = self._lib.ggml_view_2d(self._ctx, x.tensor, size, x.shape[0], x.row_nbytes, offset)
+            return Node(view, (x.shape[0], size), x.row_nbytes)
+        num_tokens, num_heads, features = x.shape
+        view = self._lib.ggml_view_3d(
+            self._ctx, x.tensor, size, num_heads, num_tokens, features * FLOAT_BYTES, x.row_nbytes, offset
+        )
+        return Node(view, (num_tokens, num_heads, size), x.row_nbytes)
+
+    def concat(self, a: Node, b: Node) -> Node:
+        """Both copied side by side; one head of `b` serves all of `a`."""
+        lib, (num_tokens, num_heads, first), second = self._lib, a.shape, b.shape[-1]
+        tail = b.tensor
+        if b.shape[1] != num_heads:
+            tail = lib.ggml_repeat_4d(self._ctx, tail, second, num_heads, num_tokens, 1)
+        return self._dense(lib.ggml_concat(self._ctx, a.tensor, tail, 0), (num_tokens, num_heads, first + second))
+
+    def linear_heads(self, x: Node, weight: str) -> Node:
+        """One product over all heads, with the heads outermost."""
+        lib, (num_tokens, num_heads, _) = self._lib, x.shape
+        factor = lib.ggml_permute(self._ctx, x.tensor, 0, 2, 1, 3)
+        product = lib.ggml_mul_mat(self._ctx, self._weight(weight), factor)
+        self._on_linear(weight, product, factor, num_tokens)
+        tensor = lib.ggml_cont(self._ctx, lib.ggml_permute(self._ctx, product, 0, 2, 1, 3))
+        return self._dense(tensor, (num_tokens, num_heads, self._out_features(weight)))
+
+    def flat(self, x: Node) -> Node:
+        """[num_tokens, features], a view of heads without gaps."""
+        num_tokens, num_heads, dim = x.shape
+        tensor = self._lib.ggml_reshape_2d(self._ctx, x.tensor, num_heads * dim, num_tokens)
+        return self._dense(tensor, (num_tokens, num_heads * dim))
 
     def heads(self, x: Node, num_heads: int) -> Node:
         """[num_tokens, features] -> [num_tokens, num_heads, head_dim], a view."""

@@ -70,6 +70,15 @@ class TorchOps(Ops[torch.Tensor]):
     def heads(self, x: torch.Tensor, num_heads: int) -> torch.Tensor:
         return x.reshape(*x.shape[:-1], num_heads, -1)
 
+    def concat(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return torch.cat((a, b.expand(-1, a.shape[1], -1)), dim=-1)
+
+    def linear_heads(self, x: torch.Tensor, weight: str) -> torch.Tensor:
+        return torch.einsum("thi,hoi->tho", x, self._weights(weight))
+
+    def flat(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)
+
     def rope(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         cos, sin = self._rotation(rope)
         rotated, rest = x[..., : rope.dims], x[..., rope.dims :]
