@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import ctypes
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from time import perf_counter
 from typing import Final, NamedTuple
 
 import numpy as np
 
+from offload.blocks import Extent
 from offload.expert_bank import BankSpec, ExpertKey
 from offload.kernels.batch import Backend, ExpertPlace, Ints
 from offload.prefetch.eviction import Eviction
@@ -68,26 +70,45 @@ class ExpertBank:
         """Where an expert is, or None."""
         return self._slots.get(key)
 
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether an expert can come without another one going."""
+        return bool(self._free)
+
     def use(self, key: ExpertKey) -> None:
         """A token needs an expert that is there."""
         self._policy.use(key)
 
-    def start(self, key: ExpertKey, keep: Mapping[ExpertKey, object]) -> _Flight | None:
-        """Starts reading an expert into a slot, whose expert goes; None when all slots hold what must stay."""
+    def start(self, keys: Iterable[ExpertKey], keep: Mapping[ExpertKey, object]) -> list[_Flight]:
+        """Starts reading experts into slots, whose experts go, in one submission; fewer where slots hold what must stay."""
+        taken: list[tuple[ExpertKey, int]] = []
+        for key in keys:
+            slot = self._take_slot(keep)
+            if slot is None:
+                break
+            taken.append((key, slot))
+        requests = [request for key, slot in taken for request in self._requests(key, slot)]
+        try:
+            handles = self._reader.read_extents(requests)
+        except BaseException:
+            self._free.extend(slot for _, slot in taken)
+            raise
+        each = len(self.spec.windows)
+        return [_Flight(key, slot, handles[i * each : (i + 1) * each]) for i, (key, slot) in enumerate(taken)]
+
+    def _take_slot(self, keep: Mapping[ExpertKey, object]) -> int | None:
         if not self._free:
             victim = self._policy.victim(keep)
             if victim is None:
                 return None
             self._policy.remove(victim)
             self._free.append(self._slots.pop(victim))
-        slot = self._free.popleft()
-        handles = [
-            self._reader.read_extent(matrix.extent, self._slab.view(slot * self.spec.stride + start, window))
-            for matrix, start, window in zip(
-                self._layers[key.layer].experts[key.expert], self.spec.starts, self.spec.windows, strict=True
-            )
-        ]
-        return _Flight(key, slot, handles)
+        return self._free.popleft()
+
+    def _requests(self, key: ExpertKey, slot: int) -> Iterator[tuple[Extent, memoryview]]:
+        matrices, base = self._layers[key.layer].experts[key.expert], slot * self.spec.stride
+        for matrix, start, window in zip(matrices, self.spec.starts, self.spec.windows, strict=True):
+            yield matrix.extent, self._slab.view(base + start, window)
 
     def land(self, flight: _Flight, *, passing: bool) -> None:
         """A flight has ended well: its expert is in the bank."""
@@ -183,7 +204,11 @@ class ExpertCache:
         Raises:
             StorageError: one could not be read.
         """
-        flights = [flight for key in keys if (flight := self._banks[key.layer].start(key, {})) is not None]
+        flights: list[_Flight] = []
+        for key in keys:
+            bank = self._banks[key.layer]
+            if bank.has_free_slot:
+                flights += bank.start([key], {})
         for number, flight in enumerate(flights):
             for handle in flight.handles:
                 handle.wait()
@@ -194,11 +219,13 @@ class ExpertCache:
     def _start(self, bank: ExpertBank) -> None:
         current = self._current
         assert current is not None
-        while current.waiting and (len(current.flights) < PASSING_FLIGHTS or not current.passing):
-            flight = bank.start(current.waiting[0], current.needed)
-            if flight is None:
-                return
-            current.flights.append(flight)
+        most = PASSING_FLIGHTS - len(current.flights) if current.passing else len(current.waiting)
+        wanted = list(islice(current.waiting, max(0, most)))
+        if not wanted:
+            return
+        started = bank.start(wanted, current.needed)
+        current.flights.extend(started)
+        for _ in started:
             current.waiting.popleft()
 
     def _land(self, bank: ExpertBank, current: _Layer, cancel: CancelToken | None) -> list[ExpertKey]:

@@ -74,12 +74,19 @@ class HeldReader:
     def __init__(self) -> None:
         self.inner = MemoryReader(FakeStorage({FILE: CONTENT}), [FILE])
         self.requests: deque[tuple[Extent, memoryview, TransferHandle]] = deque()
-        self.fails = False
+        self.fails = self.refuses = False
+        self.submissions = 0
 
     def read_extent(self, extent: Extent, destination: memoryview) -> TransferHandle:
         handle = TransferHandle(pieces=1, nbytes=extent.window_nbytes)
         self.requests.append((extent, destination, handle))
         return handle
+
+    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
+        self.submissions += 1
+        if self.refuses:
+            raise StorageError("the file has shrunk")
+        return [self.read_extent(extent, destination) for extent, destination in requests]
 
     def release(self, count: int) -> None:
         for _ in range(count):
@@ -170,7 +177,7 @@ def test_what_is_there_is_computed_while_the_rest_is_on_its_way() -> None:
     reader = HeldReader()
     bench = Bench(6, reader)
     bench.cache.demand(0, [np.array([[1, 2]], np.int32)])
-    assert len(reader.requests) == 6, "all that is missing is asked for at once"
+    assert (len(reader.requests), reader.submissions) == (6, 1), "all that is missing is asked for at once"
     reader.release(6)
     bench.cache.compute(0, None)
     bench.kernels.computed = []
@@ -198,6 +205,22 @@ def test_a_failed_read_costs_no_slot() -> None:
             bench.cache.restart()
     bench.cache.compute(1, None)
     assert {key for _, key in bench.kernels.computed} == {ExpertKey(1, 3), ExpertKey(1, 4)}
+    bench.slab.close()
+
+
+def test_a_refused_read_costs_no_slot() -> None:
+    reader = HeldReader()
+    bench = Bench(2, reader)
+    choice = [np.array([[3, 4]], np.int32)]
+    reader.refuses = True
+    with pytest.raises(StorageError, match="has shrunk"):
+        bench.cache.demand(1, choice)
+    bench.cache.restart()
+    reader.refuses = False
+    bench.cache.demand(1, choice)
+    reader.release(6)
+    bench.cache.compute(1, None)
+    assert len(bench.kernels.computed) == 2
     bench.slab.close()
 
 

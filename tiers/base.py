@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -159,6 +159,10 @@ class Reader(Protocol):
 
     def read_extent(self, extent: Extent, destination: memoryview) -> Handle:
         """Starts reading the extent's page-aligned window into the head of `destination`."""
+        ...
+
+    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> Sequence[Handle]:
+        """Starts several reads in one submission."""
         ...
 
     def cancel_pending(self) -> int:

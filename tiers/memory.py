@@ -95,6 +95,9 @@ class MemoryReader:
             self._nbytes += extent.window_nbytes
         return handle
 
+    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
+        return [self.read_extent(extent, destination) for extent, destination in requests]
+
     def cancel_pending(self) -> int:
         return 0
 

@@ -82,18 +82,25 @@ class NvmeReader:
             StorageError: the file ends before the extent does.
             ClosedError: the reader is closed.
         """
-        file = self._files[extent.path]
-        assert len(destination) >= extent.window_nbytes, (len(destination), extent)
-        check_inside(file, extent)
-        if extent.nbytes == 0:
-            return TransferHandle.completed()
-        pieces = self._split(file, extent, destination)
+        return self.read_extents([(extent, destination)])[0]
+
+    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
+        """Starts several reads in one submission; each as `read_extent` does."""
+        handles: list[TransferHandle] = []
+        pieces: list[Piece] = []
+        for extent, destination in requests:
+            file = self._files[extent.path]
+            assert len(destination) >= extent.window_nbytes, (len(destination), extent)
+            check_inside(file, extent)
+            split = self._split(file, extent, destination) if extent.nbytes else []
+            handles.append(split[0].handle if split else TransferHandle.completed())
+            pieces += split
         with self._lock:
             if self._closing:
                 raise ClosedError("the reader of the model's files is closed; load the model again")
             self._queue.extend(pieces)
             self._work.notify(len(pieces))
-        return pieces[0].handle
+        return handles
 
     def cancel_pending(self) -> int:
         """Drops the pieces that have not started and tells how many; their handles end with Cancelled."""
