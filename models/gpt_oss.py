@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from offload.errors import UnsupportedError
-from offload.kernels.ops import Routing
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
@@ -49,13 +48,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
     for layer in range(shape.num_layers):
         scale = inverse_sqrt(shape.head_dim)
         parts.attention(layer, rope=rope, scale=scale, window=windows[layer], qkv_bias=True, sinks=True)
-        routing = Routing(
-            layer=layer,
-            router="ffn_gate_inp",
-            num_experts=sizes.num_experts,
-            num_used=sizes.num_used,
-            scoring="softmax_of_chosen",
-        )
+        routing = sizes.routing(layer, scoring="softmax_of_chosen")
         add_mixture(parts, routing, width=sizes.width, activation="swiglu_oai", norm="post_attention_norm")
     return parts.finish(tied=settings.tied("output.weight" in parts), windows=windows)
 

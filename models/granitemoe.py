@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from offload.kernels.ops import Routing
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
@@ -56,13 +55,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
             qkv_bias=settings.attention_bias,
             residual_multiplier=residual,
         )
-        routing = Routing(
-            layer=layer,
-            router="ffn_gate_inp",
-            num_experts=sizes.num_experts,
-            num_used=sizes.num_used,
-            normalise=True,
-        )
+        routing = sizes.routing(layer, normalise=True)
         add_mixture(
             parts,
             routing,

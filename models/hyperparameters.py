@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import ChainMap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeGuard
 
@@ -291,6 +291,17 @@ class MixtureShape:
         width = settings.count("moe_intermediate_size") if width is None else width
         return cls(num_experts=num_experts, num_used=num_used, width=width)
 
+    def routing(self, layer: int, *, scoring: Scoring = "softmax", normalise: bool = False) -> Routing:
+        """The routing of a layer that compares all experts with each other."""
+        return Routing(
+            layer=layer,
+            router="ffn_gate_inp",
+            num_experts=self.num_experts,
+            num_used=self.num_used,
+            scoring=scoring,
+            normalise=normalise,
+        )
+
 
 def grouped_routing(
     settings: Settings, layer: int, sizes: MixtureShape, *, scoring: Scoring, selection_bias: str | None
@@ -308,16 +319,16 @@ def grouped_routing(
             f"cannot give {sizes.num_used}",
             path=str(settings.path),
         )
-    return Routing(
-        layer=layer,
-        router="ffn_gate_inp",
-        num_experts=sizes.num_experts,
-        num_used=sizes.num_used,
+    plain = sizes.routing(
+        layer,
         scoring=scoring if kind is None else _gating(settings, kind),
+        normalise=settings.flag("norm_topk_prob", False),
+    )
+    return replace(
+        plain,
         selection_bias=selection_bias,
         num_groups=groups,
         groups_used=used,
-        normalise=settings.flag("norm_topk_prob", False),
         scale=settings.optional_number("routed_scaling_factor") or 1.0,
     )
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from offload.kernels.ops import Routing
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
@@ -41,13 +40,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
     windows = sliding_windows(settings, shape.num_layers, window, [True] * shape.num_layers)
     for layer in range(shape.num_layers):
         parts.attention(layer, rope=rope, scale=inverse_sqrt(shape.head_dim), window=windows[layer])
-        routing = Routing(
-            layer=layer,
-            router="ffn_gate_inp",
-            num_experts=sizes.num_experts,
-            num_used=sizes.num_used,
-            normalise=True,
-        )
+        routing = sizes.routing(layer, normalise=True)
         add_mixture(parts, routing, width=sizes.width, activation=settings.activation("silu"))
     return parts.finish(tied=settings.tied("output.weight" in parts), windows=windows)
 

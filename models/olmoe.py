@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Final
 
 from offload.errors import UnsupportedError
-from offload.kernels.ops import Routing
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
@@ -49,13 +48,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
             qkv_bias=settings.attention_bias,
             qk_norm="whole",
         )
-        routing = Routing(
-            layer=layer,
-            router="ffn_gate_inp",
-            num_experts=sizes.num_experts,
-            num_used=sizes.num_used,
-            normalise=not settings.is_gguf and settings.flag("norm_topk_prob", False),
-        )
+        routing = sizes.routing(layer, normalise=not settings.is_gguf and settings.flag("norm_topk_prob", False))
         add_mixture(parts, routing, width=sizes.width, activation=settings.activation("silu"))
     return parts.finish(tied=settings.tied("output.weight" in parts), windows=(None,) * shape.num_layers)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from offload.kernels.ops import Routing
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
@@ -53,13 +52,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
             qk_norm="heads",
         )
         if is_sparse(settings, layer):
-            routing = Routing(
-                layer=layer,
-                router="ffn_gate_inp",
-                num_experts=sizes.num_experts,
-                num_used=sizes.num_used,
-                normalise=settings.is_gguf or settings.flag("norm_topk_prob", False),
-            )
+            routing = sizes.routing(layer, normalise=settings.is_gguf or settings.flag("norm_topk_prob", False))
             add_mixture(parts, routing, width=sizes.width, activation=activation)
         else:
             parts.feed_forward(layer, activation=activation)
