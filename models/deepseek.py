@@ -79,9 +79,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
     """The model that a checkpoint holds, to be run with a context of `ctx` tokens."""
     settings = settings_of(checkpoint, V2_DEFAULTS if checkpoint.architecture == "deepseek_v2" else V3_DEFAULTS)
     shape, sizes = Shape.read(settings, len(checkpoint.tensors)), MixtureShape.read(settings)
-    # GGUF files count the layers that predict further tokens, which come last
-    further = settings.optional_count("nextn_predict_layers") if settings.is_gguf else None
-    shape = replace(shape, num_layers=max(1, shape.num_layers - (further or 0)))
+    shape = shape.without_further(settings)
     parts = Assembly(checkpoint, shape, canonical_name)
     latent = _latent(settings, parts)
     width = latent.plain + latent.rotated

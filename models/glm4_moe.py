@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Final
 
 from offload.models.arithmetic import inverse_sqrt
@@ -44,9 +43,7 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
     """The model that a checkpoint holds, to be run with a context of `ctx` tokens."""
     settings = settings_of(checkpoint, DEFAULTS)
     shape, sizes = Shape.read(settings, len(checkpoint.tensors)), MixtureShape.read(settings)
-    # GGUF files count the layers that predict further tokens, which come last
-    further = settings.optional_count("nextn_predict_layers") if settings.is_gguf else None
-    shape = replace(shape, num_layers=max(1, shape.num_layers - (further or 0)))
+    shape = shape.without_further(settings)
     parts = Assembly(checkpoint, shape, canonical_name)
     rope, activation = rope_of(settings, parts, ctx, partial=True), settings.activation("silu")
     norm = "post_attention_norm" if settings.is_gguf else "ffn_norm"

@@ -255,6 +255,11 @@ class Shape:
             raise CheckpointError(f"{settings.path}: {problem}", path=str(settings.path))
         return shape
 
+    def without_further(self, settings: Settings) -> Shape:
+        """Without the layers that predict further tokens: GGUF files count them, and they come last."""
+        further = settings.optional_count("nextn_predict_layers") if settings.is_gguf else None
+        return replace(self, num_layers=max(1, self.num_layers - (further or 0)))
+
     def _contradiction(self, num_tensors: int) -> str:
         if self.num_layers > num_tensors:
             return f"{self.num_layers} layers are declared, but the file has only {num_tensors} tensors"
