@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offload.blocks import BlockKey, BlockSpec
 from offload.errors import BudgetError
-from offload.plan import OVERLAP_COST, Demand, full_budget, make_plan, minimum_budget
+from offload.plan import OVERLAP_COST, BankDemand, Demand, full_budget, make_plan, minimum_budget
 from offload.units import MIB
 
 
@@ -101,3 +101,44 @@ def test_attention_slows_a_token_that_computing_bounds_more_than_one_that_readin
     assert streamed.bound == "disk"
     slower = 1 / streamed.predicted_tps_at(need.ctx) - 1 / streamed.predicted_tps
     assert slower == pytest.approx(OVERLAP_COST * need.attention_s)
+
+
+def mixture(banks: int = 2) -> Demand:
+    """Dense blocks as ever, and experts of several shapes: 96 of 2 MiB, then 96 of 3 MiB, 8 for each token."""
+    sizes = [BankDemand(slot_bytes=(2 + i) * MIB, expert_bytes=(2 + i) * MIB - 4096, num_experts=96, least_slots=4, used=8)
+             for i in range(banks)]  # fmt: skip
+    return replace(demand(), banks=tuple(sizes))
+
+
+@given(st.floats(0, 1))
+def test_banks_get_what_dense_blocks_leave_and_never_more(share: float) -> None:
+    need = mixture()
+    least, full = minimum_budget(need), full_budget(need)
+    plan = make_plan(need, int(least + share * (full - least)))
+    assert plan.used_bytes <= plan.budget_bytes
+    assert all(
+        bank.least_slots <= slots <= bank.num_experts for bank, slots in zip(need.banks, plan.bank_slots, strict=True)
+    )
+    if plan.streamed_bytes:  # a larger cache must not push out what every token needs
+        assert sum(plan.bank_slots) < sum(bank.num_experts for bank in need.banks)
+    without = make_plan(replace(need, banks=()), plan.budget_bytes - minimum_budget(need) + minimum_budget(demand()))
+    assert plan.streamed_bytes <= without.streamed_bytes, "dense blocks come first, whatever experts there are"
+
+
+def test_experts_miss_nothing_when_all_are_there_and_most_at_the_minimum() -> None:
+    need = mixture()
+    everything = make_plan(need, full_budget(need))
+    assert everything.bank_slots == (96, 96)
+    assert (everything.missed_bytes, everything.bank_bytes_on_disk) == (0, 0)
+    least = make_plan(need, minimum_budget(need))
+    assert least.bank_slots == (4, 4)
+    assert least.missed_bytes == sum(round(8 * (1 - 4 / 96)) * bank.expert_bytes for bank in need.banks)
+    assert least.bank_bytes_on_disk == sum(92 * bank.expert_bytes for bank in need.banks)
+    assert least.predicted_tps < everything.predicted_tps
+
+
+def test_a_budget_below_the_least_slots_is_refused() -> None:
+    need = mixture()
+    assert minimum_budget(need) == minimum_budget(demand()) + 4 * 2 * MIB + 4 * 3 * MIB
+    with pytest.raises(BudgetError):
+        make_plan(need, minimum_budget(need) - 1)
