@@ -14,7 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol
+from functools import cached_property
+from itertools import islice
+from typing import NamedTuple, Protocol, cast
 
 from offload.kernels.ops import Activation, Ops, T
 from offload.models.checkpoint.base import TensorInfo
@@ -60,6 +62,12 @@ class Stage(Protocol):
     def forward(self, ops: Ops[T], x: T) -> T:
         """Hidden states [num_tokens, hidden_size] in and out; a head stage returns its slice of the logits."""
         ...
+
+
+class Router(Stage, Protocol):
+    """A stage that ends by choosing experts. What it will choose can be guessed from hidden states of layers before it."""
+
+    def foresee(self, ops: Ops[T], x: T, ahead: int) -> None: ...
 
 
 class ExpertMatrices(NamedTuple):
@@ -129,7 +137,7 @@ class ModelConfig:
         return tuple(self.num_kv_heads * dims for dims in self.cache_dims)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Model:
     """A checkpoint seen as something to run.
 
@@ -154,6 +162,15 @@ class Model:
     def all_matrices(self) -> list[TensorInfo]:
         """The matrices, and those of one expert of each layer."""
         return [*self.matrices.values(), *(matrix for layer in self.experts.values() for matrix in layer.experts[0])]
+
+    @cached_property
+    def routers(self) -> Mapping[int, Router]:
+        """The stages that choose experts, by layer, in order."""
+        return {stage.layer: cast(Router, stage) for stage in self.stages if stage.routes}
+
+    def routers_behind(self, layer: int, count: int) -> tuple[Router, ...]:
+        """Up to `count` of them behind that of `layer`, the nearest first."""
+        return tuple(islice((router for number, router in self.routers.items() if number > layer), count))
 
     @property
     def first_output_stage(self) -> int:

@@ -38,6 +38,10 @@ class RouterStage:
         ops.route(self.norm.apply(ops, x), self.routing)
         return x
 
+    def foresee(self, ops: Ops[T], x: T, ahead: int) -> None:
+        """Guesses the choice from the hidden states of an earlier router (Fate's cross-layer gate, arXiv 2502.12224)."""
+        ops.foresee(self.norm.apply(ops, x), self.routing, ahead)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SharedExpert:

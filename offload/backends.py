@@ -10,19 +10,21 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from offload.blocks import BlockKey, BlockSpec
-from offload.config import KV_BUCKET, LoadConfig
+from offload.blocks import BlockKey, BlockSpec, ExpertKey
+from offload.config import GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
 from offload.demand import model_blocks
 from offload.device_stream import DeviceStream
-from offload.expert_bank import BankSpec, ExpertKey, expert_banks
-from offload.expert_cache import ExpertBank, ExpertCache
-from offload.kernels.batch import Backend, Floats
+from offload.expert_bank import BankSpec, expert_banks
+from offload.expert_cache import ExpertCache
+from offload.expert_slots import ExpertBank
+from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.plan import Plan
-from offload.prefetch.eviction import LeastRecentlyUsed
+from offload.prefetch.governor import Governor
+from offload.prefetch.policies import make_eviction
 from offload.residency import Residency
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
@@ -82,7 +84,7 @@ class _Host:
         return stream
 
     def experts(
-        self, model: Model, plan: Plan, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
+        self, model: Model, plan: Plan, config: LoadConfig, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
         report: Report | None, *, in_pass: bool,
     ) -> ExpertCache | None:  # fmt: skip
         """Places the banks of experts and fills them.
@@ -91,11 +93,17 @@ class _Host:
             in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
                 nothing to bring, and None comes back.
         """
+        guesses = config.prefetch != "off" and _routers_stay(model, plan)
+        if guesses:
+            backend.set_foresight(Foresight(lookahead=1, width=GUESSED_EXPERTS))
         banks: dict[int, ExpertBank] = {}
         first: list[ExpertKey] = []
         for spec, num_slots in zip(expert_banks(model), plan.bank_slots, strict=True):
-            bank = ExpertBank(spec, self.slab(num_slots * spec.stride), num_slots, reader, LeastRecentlyUsed())
             is_resident = in_pass and num_slots == spec.num_experts
+            reserve = 0 if is_resident or not guesses else min(RESERVED_SLOTS, num_slots // 4 - spec.least_slots)
+            policy = make_eviction(config.expert_policy, [layer.layer for layer in spec.layers], spec.experts_per_layer)
+            slab = self.slab(num_slots * spec.stride)
+            bank = ExpertBank(spec, slab, num_slots, reader, policy, max(0, reserve))
             before = 0
             for layer in spec.layers:
                 place = bank.place(layer.layer)
@@ -107,10 +115,18 @@ class _Host:
                 before += len(layer.experts)
                 banks[layer.layer] = bank
             first += _filling_order(spec, in_order=is_resident)
-        cache = ExpertCache(banks, backend, reader, telemetry)
+        banks = {layer: banks[layer] for layer in sorted(banks)}
+        fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
+        cache = ExpertCache(banks, backend, reader, telemetry, Governor(fixed))
         cache.fill(first, report)
         fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
         return cache if fetched and banks else None
+
+
+def _routers_stay(model: Model, plan: Plan) -> bool:
+    """Whether the router of every layer is always there, so that it can be asked at any time."""
+    routers = {name for router in model.routers.values() for name in router.matrices}
+    return routers.isdisjoint(key.name for key in plan.streamed)
 
 
 def _filling_order(spec: BankSpec, *, in_order: bool) -> list[ExpertKey]:
@@ -160,7 +176,7 @@ class HostPlace:
         if pinned:
             residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
         self.experts = self._host.experts(
-            self._opened.model, plan, self.backend, reader, telemetry, report, in_pass=True
+            self._opened.model, plan, self._config, self.backend, reader, telemetry, report, in_pass=True
         )
         return residency
 
@@ -241,7 +257,9 @@ class DevicePlace:
             stream = DeviceStream(moving, self._tier, base, plan.device_ring_bytes, pinned, lower)
         if report is not None:
             report(plan.device_pinned_bytes, plan.device_pinned_bytes)
-        self.experts = self._host.experts(opened.model, plan, self._backend, reader, telemetry, report, in_pass=False)
+        self.experts = self._host.experts(
+            opened.model, plan, self._config, self._backend, reader, telemetry, report, in_pass=False
+        )
         return Residency(self._backend.place, stream, telemetry)
 
     @property

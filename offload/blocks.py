@@ -30,6 +30,16 @@ class BlockKey(NamedTuple):
         return f"{self.kind}:{self.name}{suffix}"
 
 
+class ExpertKey(NamedTuple):
+    """Number `expert` of layer `layer`."""
+
+    layer: int
+    expert: int
+
+    def __str__(self) -> str:
+        return f"blk.{self.layer}.expert.{self.expert}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Extent:
     """A run of bytes in a file: `[offset, offset + nbytes)`. What follows from them is computed once: the hot loop asks."""

@@ -43,6 +43,8 @@ def load(
     threads: int | None = None,
     kv_type: str = "f16",
     workers: int | None = None,
+    expert_policy: str = "auto",
+    prefetch: str = "auto",
     trace: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
@@ -60,7 +62,7 @@ def load(
         BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
-                         workers=workers, trace=trace)  # fmt: skip
+                         workers=workers, expert_policy=expert_policy, prefetch=prefetch, trace=trace)  # fmt: skip
     return Engine(path, config, storage=storage, progress=progress)
 
 
@@ -69,9 +71,7 @@ def plan_model(path: str | Path, **options: Any) -> Plan:
     return plan_only(path, make_config(**options))
 
 
-def make_config(
-    *, ram: str | int | None = None, vram: str | int | None = None, workers: int | None = None, **options: Any
-) -> LoadConfig:
+def make_config(*, ram: str | int | None = None, vram: str | int | None = None, **options: Any) -> LoadConfig:
     """A `LoadConfig` from the spellings that people use.
 
     Raises:
@@ -80,8 +80,6 @@ def make_config(
     parsed_vram = LoadConfig.parse_ram(vram)
     if parsed_vram == "minimum":
         raise UsageError("vram: give a size such as 8GiB")
-    if workers is not None:
-        options["workers"] = workers
     return LoadConfig(ram=LoadConfig.parse_ram(ram), vram=parsed_vram, **options)
 
 

@@ -12,20 +12,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from offload.models.base import ExpertLayer, ExpertMatrices, Model
 from offload.units import PAGE, align_up
-
-
-class ExpertKey(NamedTuple):
-    """Number `expert` of layer `layer`."""
-
-    layer: int
-    expert: int
-
-    def __str__(self) -> str:
-        return f"blk.{self.layer}.expert.{self.expert}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +37,11 @@ class BankSpec:
     def num_experts(self) -> int:
         """Experts of all layers."""
         return sum(len(layer.experts) for layer in self.layers)
+
+    @property
+    def experts_per_layer(self) -> int:
+        """Experts of each layer."""
+        return len(self.layers[0].experts)
 
     @property
     def least_slots(self) -> int:

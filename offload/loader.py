@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from offload.backends import Place, make_place
-from offload.config import LoadConfig
+from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
 from offload.embedding import EmbeddingTable
 from offload.kernels.batch import Backend, Floats
 from offload.kernels.ggml.dequantize import dequantize
@@ -42,7 +42,9 @@ class Runner:
 
     def _load(self, place: Place, config: LoadConfig, storage: Storage, progress: Progress | None) -> None:
         self.plan: Plan = plan_for(self.opened, config, place.footprint())
-        self.reader = NvmeReader(storage, self.opened.checkpoint.files, config.workers, on_read=self._on_read())
+        self.reader = NvmeReader(
+            storage, self.opened.checkpoint.files, workers_for(self.opened, config), on_read=self._on_read()
+        )
         self._stack.callback(self.reader.close)
         for name, vector in self.opened.model.vectors.items():
             place.place_vector(name, self._read_vector(vector))
@@ -124,6 +126,11 @@ class Runner:
             self.telemetry.span("read", f"{path.name} @ {offset}", start_s, end_s, nbytes)
 
         return on_read
+
+
+def workers_for(opened: Opened, config: LoadConfig) -> int:
+    """Reader threads of the NVMe tier."""
+    return config.workers or (EXPERT_READ_WORKERS if opened.model.experts else READ_WORKERS)
 
 
 def load_runner(

@@ -60,9 +60,12 @@ class Scheduler:
                 self._experts.restart()
             raise
         self._residency.read_ahead()
+        tokens, seconds = sum(batch.num_tokens for batch in batches), perf_counter() - start
         self._telemetry.passes += 1
-        self._telemetry.tokens += sum(batch.num_tokens for batch in batches)
-        self._telemetry.pass_s += perf_counter() - start
+        self._telemetry.tokens += tokens
+        self._telemetry.pass_s += seconds
+        if tokens == 1 and self._experts is not None:
+            self._experts.passed(seconds)
 
     def _run(self, number: int, piece: Piece, num_batches: int, cancel: CancelToken | None) -> None:
         asked = perf_counter()

@@ -22,9 +22,17 @@ class Event(NamedTuple):
 
 
 class Telemetry:
-    """Totals since the engine was loaded."""
+    """Totals since the engine was loaded.
 
-    __slots__ = ("compute_s", "demands", "hits", "pass_s", "passes", "timeline", "tokens", "wait_s")
+    Attributes:
+        demands, hits: of blocks, and those that were found in memory. experts_demanded, experts_hit: the same of experts.
+        guesses, guesses_used: experts that were read ahead, and those that were then needed.
+    """
+
+    __slots__ = (
+        "compute_s", "demands", "experts_demanded", "experts_hit", "guesses", "guesses_used", "hits", "pass_s", "passes",
+        "timeline", "tokens", "wait_s",
+    )  # fmt: skip
 
     def __init__(self, *, timeline: bool = False) -> None:
         self.compute_s = 0.0
@@ -34,6 +42,10 @@ class Telemetry:
         self.tokens = 0
         self.demands = 0
         self.hits = 0
+        self.experts_demanded = 0
+        self.experts_hit = 0
+        self.guesses = 0
+        self.guesses_used = 0
         self.timeline: deque[Event] | None = deque(maxlen=TIMELINE_EVENTS) if timeline else None
 
     def span(self, lane: str, name: str, start_s: float, end_s: float, nbytes: int = 0) -> None:
@@ -53,5 +65,6 @@ class Telemetry:
 
     @property
     def hit_rate(self) -> float:
-        """Share of block demands that found the block in memory."""
-        return self.hits / self.demands if self.demands else 1.0
+        """Share of demands, of blocks and of experts, that found it in memory."""
+        demands = self.demands + self.experts_demanded
+        return (self.hits + self.experts_hit) / demands if demands else 1.0

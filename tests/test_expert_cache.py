@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload.blocks import Extent
+from offload.blocks import ExpertKey, Extent
 from offload.elements import BY_NAME
 from offload.errors import Cancelled, StorageError
-from offload.expert_bank import BankSpec, ExpertKey, expert_banks
-from offload.expert_cache import ExpertBank, ExpertCache
+from offload.expert_bank import BankSpec, expert_banks
+from offload.expert_cache import ExpertCache
+from offload.expert_slots import ExpertBank
 from offload.models.base import ExpertLayer, ExpertMatrices
 from offload.models.checkpoint.base import TensorInfo
 from offload.prefetch.eviction import LeastRecentlyUsed
@@ -82,7 +83,9 @@ class HeldReader:
         self.requests.append((extent, destination, handle))
         return handle
 
-    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
+    def read_extents(
+        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
+    ) -> list[TransferHandle]:
         self.submissions += 1
         if self.refuses:
             raise StorageError("the file has shrunk")
@@ -117,7 +120,7 @@ class Bench:
         self.slab = Slab(num_slots * self.spec.stride, huge_pages=False)
         self.kernels = Kernels(self.spec, self.slab)
         self.reader = reader or MemoryReader(FakeStorage({FILE: CONTENT}), [FILE])
-        self.bank = ExpertBank(self.spec, self.slab, num_slots, self.reader, LeastRecentlyUsed())  # type: ignore[arg-type]
+        self.bank = ExpertBank(self.spec, self.slab, num_slots, self.reader, LeastRecentlyUsed(range(LAYERS), EXPERTS))  # type: ignore[arg-type]
         self.telemetry = Telemetry()
         banks = dict.fromkeys(range(LAYERS), self.bank)
         self.cache = ExpertCache(banks, self.kernels, self.reader, self.telemetry)  # type: ignore[arg-type]
@@ -238,7 +241,7 @@ def test_a_prompt_leaves_what_tokens_use() -> None:
 def test_hits_and_demands_are_counted(bench: Bench) -> None:
     bench.run(0, [[1, 2]])
     bench.run(0, [[2, 3]])
-    assert (bench.telemetry.demands, bench.telemetry.hits) == (4, 1)
+    assert (bench.telemetry.experts_demanded, bench.telemetry.experts_hit) == (4, 1)
 
 
 def test_experts_are_filled_in_up_to_the_last_slot(bench: Bench) -> None:

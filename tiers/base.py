@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Final, Protocol
 
@@ -161,8 +161,18 @@ class Reader(Protocol):
         """Starts reading the extent's page-aligned window into the head of `destination`."""
         ...
 
-    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> Sequence[Handle]:
-        """Starts several reads in one submission."""
+    def read_extents(
+        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
+    ) -> Sequence[TransferHandle]:
+        """Starts several reads in one submission. `background`: they wait until nothing else is to be read."""
+        ...
+
+    def promote(self, handles: Iterable[TransferHandle]) -> None:
+        """Background reads that are needed now: what has not started of them is next."""
+        ...
+
+    def drop(self, handles: Iterable[TransferHandle]) -> None:
+        """Background reads that nobody needs: what has not started of them never will, and they end with Cancelled."""
         ...
 
     def cancel_pending(self) -> int:

@@ -7,7 +7,7 @@ Threads: as their disk-backed counterparts; `FakeStorage.write` belongs to the t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from offload.blocks import Extent
@@ -95,8 +95,17 @@ class MemoryReader:
             self._nbytes += extent.window_nbytes
         return handle
 
-    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
+    def read_extents(
+        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
+    ) -> list[TransferHandle]:
+        del background
         return [self.read_extent(extent, destination) for extent, destination in requests]
+
+    def promote(self, handles: Iterable[TransferHandle]) -> None:
+        pass
+
+    def drop(self, handles: Iterable[TransferHandle]) -> None:
+        pass
 
     def cancel_pending(self) -> int:
         return 0

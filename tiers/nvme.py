@@ -1,20 +1,21 @@
 """The NVMe tier: worker threads that read extents of files by direct I/O into memory that the caller owns.
 
 An extent is read as its page-aligned window, in pieces; pieces of all extents start in the order in which they were asked
-for. Knows files and byte ranges, not what they mean or who will use them.
+for. Background reads, of what may be needed, start only while nothing else is queued or in flight. Knows files and byte
+ranges, not what they mean or who will use them.
 
-Threads: `read_extent`, `cancel_pending`, `drain`, `check_files` and `statistics` may be called from any thread; the owner
-calls `close`. The queue and the counters are guarded by one lock; a handle ends on a worker's thread.
+Threads: all but `close`, which is the owner's, may be called from any thread. The queues and the counters are guarded by
+one lock; a handle ends on a worker's thread.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from offload.blocks import Extent
 from offload.config import READ_BYTES
@@ -24,6 +25,9 @@ from offload.tiers.base import TIMEOUT_S, OnRead, TransferHandle
 from offload.tiers.checked import check_inside, check_unchanged, open_all, read_checked
 from offload.tiers.files import File, Storage
 from offload.units import PAGE
+
+BACKGROUND_READS: Final = 2
+"""Background pieces in flight at once: two keep a disk busy, and a demand that comes waits for no more than these."""
 
 
 class Piece(NamedTuple):
@@ -63,6 +67,8 @@ class NvmeReader:
         self._work = threading.Condition(self._lock)
         self._idle = threading.Condition(self._lock)
         self._queue: deque[Piece] = deque()
+        self._background: deque[Piece] = deque()
+        self._background_in_flight = 0
         self._use = _Use()
         self._closing = False
         self._threads = [
@@ -84,8 +90,10 @@ class NvmeReader:
         """
         return self.read_extents([(extent, destination)])[0]
 
-    def read_extents(self, requests: Sequence[tuple[Extent, memoryview]]) -> list[TransferHandle]:
-        """Starts several reads in one submission; each as `read_extent` does."""
+    def read_extents(
+        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
+    ) -> list[TransferHandle]:
+        """Starts several reads in one submission; each as `read_extent` does. `background`: when there is nothing else."""
         handles: list[TransferHandle] = []
         pieces: list[Piece] = []
         for extent, destination in requests:
@@ -98,18 +106,38 @@ class NvmeReader:
         with self._lock:
             if self._closing:
                 raise ClosedError("the reader of the model's files is closed; load the model again")
-            self._queue.extend(pieces)
+            (self._background if background else self._queue).extend(pieces)
             self._work.notify(len(pieces))
         return handles
+
+    def promote(self, handles: Iterable[TransferHandle]) -> None:
+        """Background reads that are needed now: what has not started of them is next."""
+        wanted = set(map(id, handles))
+        with self._lock:
+            chosen = [piece for piece in self._background if id(piece.handle) in wanted]
+            if chosen:
+                self._background = deque(piece for piece in self._background if id(piece.handle) not in wanted)
+                self._queue.extendleft(reversed(chosen))
+                self._work.notify(len(chosen))
+
+    def drop(self, handles: Iterable[TransferHandle]) -> None:
+        """Background reads that nobody needs: what has not started of them never will, and they end with Cancelled."""
+        unwanted = set(map(id, handles))
+        with self._lock:
+            dropped = [piece for piece in self._background if id(piece.handle) in unwanted]
+            if dropped:
+                self._background = deque(piece for piece in self._background if id(piece.handle) not in unwanted)
+                self._idle.notify_all()
+        _fail(dropped)
 
     def cancel_pending(self) -> int:
         """Drops the pieces that have not started and tells how many; their handles end with Cancelled."""
         with self._lock:
-            dropped = list(self._queue)
+            dropped = [*self._queue, *self._background]
             self._queue.clear()
+            self._background.clear()
             self._idle.notify_all()
-        for piece in dropped:
-            piece.handle.fail(Cancelled("the read was dropped before it started"))
+        _fail(dropped)
         return len(dropped)
 
     def drain(self, timeout_s: float = TIMEOUT_S) -> None:
@@ -120,7 +148,7 @@ class NvmeReader:
         """
         with self._lock:
             seen, deadline = self._use.ended, monotonic() + timeout_s
-            while self._queue or self._use.in_flight:
+            while self._queue or self._background or self._use.in_flight:
                 if self._use.ended != seen:
                     seen, deadline = self._use.ended, monotonic() + timeout_s
                 if not self._idle.wait(deadline - monotonic()) and monotonic() >= deadline:
@@ -173,21 +201,31 @@ class NvmeReader:
 
     def _serve_one(self) -> bool:
         with self._lock:
-            while not self._queue:
+            while not (self._queue or self._is_link_idle()):
                 if self._closing:
                     return False
                 self._work.wait()
-            piece = self._queue.popleft()
+            in_background = not self._queue
+            piece = (self._background if in_background else self._queue).popleft()
+            self._background_in_flight += in_background
             self._use.start(perf_counter())
         error = self._read(piece)
         with self._lock:
+            self._background_in_flight -= in_background
             self._use.end(perf_counter(), 0 if error else len(piece.destination))
+            if self._is_link_idle():
+                self._work.notify(BACKGROUND_READS)
             self._idle.notify_all()
         if error is None:
             piece.handle.complete(len(piece.destination))
         else:
             piece.handle.fail(error)
         return True
+
+    def _is_link_idle(self) -> bool:
+        """Whether a background piece may start: nothing but a few of its kind is queued or in flight."""
+        in_flight = self._background_in_flight
+        return bool(self._background) and self._use.in_flight == in_flight < BACKGROUND_READS and not self._queue
 
     def _read(self, piece: Piece) -> Exception | None:
         """Reads a piece and returns what went wrong: the worker survives every error, the handle carries it."""
@@ -206,6 +244,11 @@ class NvmeReader:
             f"reader: {self._use.in_flight} requests in flight and none ended for {timeout_s:g} s; "
             "the disk hangs or is overloaded: check it and load the model again"
         )
+
+
+def _fail(pieces: Iterable[Piece]) -> None:
+    for piece in pieces:
+        piece.handle.fail(Cancelled("the read was dropped before it started"))
 
 
 class _Use:

@@ -65,6 +65,23 @@ class ExpertPlace(NamedTuple):
     is_resident: bool
 
 
+class Foresight(NamedTuple):
+    """What passes guess of choices to come.
+
+    Attributes:
+        lookahead: layers with experts that are looked ahead at each. width: experts that are named for each, best first.
+        in_prompts: whether passes of many tokens guess too.
+    """
+
+    lookahead: int = 0
+    width: int = 0
+    in_prompts: bool = False
+
+    def looks(self, num_tokens: int) -> int:
+        """How many layers a pass of so many tokens looks ahead."""
+        return self.lookahead if num_tokens == 1 or self.in_prompts else 0
+
+
 class Backend(Protocol):
     """Runs passes of one model, piece by piece. Called from one thread only; holds the KV cache and the hidden states."""
 
@@ -76,6 +93,10 @@ class Backend(Protocol):
 
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
         """Says where the experts of a layer can lie; before `schedule`."""
+        ...
+
+    def set_foresight(self, foresight: Foresight) -> None:
+        """Has passes guess what later layers will choose; before `schedule`. Their routers must never be streamed."""
         ...
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> Sequence[Piece]:
@@ -99,6 +120,13 @@ class Backend(Protocol):
         """The experts that were chosen for the batch's tokens, int32 [num_tokens, num_used], best first; a view.
 
         Empty where the batch's tokens do not reach the layer.
+        """
+        ...
+
+    def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
+        """What was guessed `ahead` layers before of a layer's choice, int32 [num_tokens, width], best first; a view.
+
+        Empty where nothing was.
         """
         ...
 

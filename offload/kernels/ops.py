@@ -162,6 +162,13 @@ class Ops(Protocol[T]):
         """Chooses experts for each token of x [num_tokens, hidden_size]; both are kept for `mix` of the same layer."""
         ...
 
+    def foresee(self, x: T, routing: Routing, ahead: int) -> None:
+        """Which experts the router of a layer to come would choose if its hidden states were x [num_tokens, hidden_size].
+
+        Kept for whoever reads ahead; nothing else depends on it. `ahead`: how many layers with experts it is away.
+        """
+        ...
+
     def mix(self, layer: int) -> T:
         """What the chosen experts returned for their tokens, weighted and added in the order of the choice.
 

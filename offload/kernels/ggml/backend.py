@@ -21,7 +21,7 @@ from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32, element_type
 from offload.errors import BackendError, Cancelled
-from offload.kernels.batch import ExpertPlace, Floats, Ints, MicroBatch, Piece
+from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.expert_layers import ExpertLayers
 from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import (
@@ -124,6 +124,10 @@ class GgmlBackend:
         """Says where the experts of a layer can lie; before `schedule`."""
         self._experts.place(layer, place)
 
+    def set_foresight(self, foresight: Foresight) -> None:
+        """See `Backend.set_foresight`."""
+        self._experts.set_foresight(foresight)
+
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
         """See `Backend.schedule`."""
         self._forget_graphs()
@@ -202,6 +206,10 @@ class GgmlBackend:
     def routed(self, batch: int, layer: int) -> Ints:
         """See `Backend.routed`."""
         return self._experts.routed(self._number(batch), layer, self._tokens_at(batch, layer))
+
+    def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
+        """See `Backend.foreseen`."""
+        return self._experts.foreseen(self._number(batch), layer, ahead, self._tokens_at(batch, layer))
 
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         """See `Backend.compute_experts`."""
@@ -340,7 +348,8 @@ class GgmlBackend:
     def _build(self, inputs: BatchInputs, number: int) -> Graph:
         lib, model, workspace = self._lib, self._model, self._workspace(number)
         stages = model.stages if inputs.batch.outputs else model.stages[: model.first_output_stage]
-        context, graph = self._empty_graph(TENSORS_PER_STAGE * (len(stages) + 1) + len(self._parts))
+        looks = self._experts.foresight.looks(inputs.batch.num_tokens)
+        context, graph = self._empty_graph(TENSORS_PER_STAGE * (len(stages) * (1 + looks) + 1) + len(self._parts))
         leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
         tokens, hidden_size = inputs.batch.num_tokens, model.config.hidden_size
         hidden = lib.ggml_new_tensor_2d(context, F32.ggml_id, hidden_size, tokens)
@@ -357,6 +366,9 @@ class GgmlBackend:
         x = Node(hidden, (tokens, hidden_size), hidden_size * 4)
         logits = []
         for stage in stages:
+            if stage.routes:
+                for ahead, router in enumerate(model.routers_behind(stage.layer, looks), 1):
+                    router.foresee(ops, x, ahead)
             result = stage.forward(ops, x)
             if stage.layer < 0:
                 logits.append(self._result(graph, result))

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
-from offload.kernels.batch import ExpertPlace, Ints
+from offload.kernels.batch import ExpertPlace, Foresight, Ints
 from offload.kernels.ggml.experts import Anchor, Chosen, ExpertKernels, Routed, Where, routing_memory, routing_nbytes
 from offload.kernels.ggml.library import FLOAT_BYTES, STATUS_SUCCESS, Library
 from offload.kernels.ggml.routing import Choice
@@ -35,6 +35,8 @@ class ExpertLayers:
         self._layers = model.experts
         self._hidden_size = model.config.hidden_size
         self._order = {layer: index for index, layer in enumerate(model.experts)}
+        self._num_experts = max((len(layer.experts) for layer in model.experts.values()), default=0)
+        self._foresight = Foresight()
         self._places: dict[int, ExpertPlace] = {}
         self._tensors: dict[int, tuple[int, int, int]] = {}
         self._cells: dict[int, list[ctypes.c_uint64]] = {}
@@ -66,6 +68,16 @@ class ExpertLayers:
         self._kernels[layer] = self._by_bank[bank]
 
     @property
+    def foresight(self) -> Foresight:
+        """What passes guess of later choices."""
+        return self._foresight
+
+    def set_foresight(self, foresight: Foresight) -> None:
+        """Before graphs are built."""
+        self._foresight = foresight._replace(width=min(foresight.width, self._num_experts))
+        self._memory.clear()
+
+    @property
     def needs(self) -> WorkspaceNeeds:
         """Memory beside the graphs, when no expert is resident: what is kept of choices, and the experts' own graphs."""
         if not self._layers:
@@ -88,6 +100,14 @@ class ExpertLayers:
         used = self._layers[layer].num_used
         kept: Ints = self._memory_of(number).ids[self._order[layer]].reshape(-1)
         return kept[: tokens * used].reshape(tokens, used)
+
+    def foreseen(self, number: int, layer: int, ahead: int, tokens: int) -> Ints:
+        """What was guessed of a layer's choice, [tokens, width], a view; no tokens where nothing was."""
+        width, first = self._foresight.width, self._order[layer] < ahead
+        if first or self._foresight.looks(tokens) < ahead:
+            return np.empty((0, width), np.int32)
+        kept: Ints = self._memory_of(number).foreseen[ahead - 1, self._order[layer]]
+        return kept[: tokens * width].reshape(tokens, width)
 
     def compute(self, backend: int, number: int, layer: int, tokens: int, slots: Mapping[int, int]) -> int:
         """Computes the experts in `slots` for the tokens that chose them; ggml's status."""
@@ -133,6 +153,10 @@ class ExpertLayers:
         """Where the choice of a layer is kept."""
         return int(memory.ids[self._order[layer]].ctypes.data)
 
+    def foreseen_address(self, memory: Routed, layer: int, ahead: int) -> int:
+        """Where the guess of a layer's choice is kept that was made `ahead` layers before."""
+        return int(memory.foreseen[ahead - 1, self._order[layer]].ctypes.data)
+
     def anchor(self, tensor: int, address: int) -> None:
         """Lets a tensor live at `address` for good."""
         self._anchor(tensor).value = address
@@ -146,7 +170,9 @@ class ExpertLayers:
             most = FEW_TOKENS if number == 0 else MICRO_BATCH_TOKENS
             used = max((layer.num_used for layer in self._layers.values()), default=0)
             returned = bool(self.fetched)
-            self._memory[number] = routing_memory(len(self._layers), most, used, self._hidden_size, returned=returned)
+            self._memory[number] = routing_memory(
+                len(self._layers), most, used, self._hidden_size, self._foresight, returned=returned
+            )
         return self._memory[number]
 
     def _make_tensors(self) -> None:
@@ -179,6 +205,15 @@ class GraphExperts:
         self._layers.anchor(choice.ids, self._layers.ids_address(self._memory, layer))
         if x:
             self._layers.anchor(choice.x, self._memory.x.ctypes.data)
+
+    @property
+    def width(self) -> int:
+        """See `ops.Experts.width`."""
+        return self._layers.foresight.width
+
+    def keep_foreseen(self, layer: int, ahead: int, ids: int) -> None:
+        """See `ops.Experts.keep_foreseen`."""
+        self._layers.anchor(ids, self._layers.foreseen_address(self._memory, layer, ahead))
 
     def returned(self, tensor: int) -> None:
         """See `ops.Experts.returned`."""

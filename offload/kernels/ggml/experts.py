@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from offload.config import MICRO_BATCH_TOKENS
 from offload.elements import F32
-from offload.kernels.batch import ExpertPlace
+from offload.kernels.batch import ExpertPlace, Foresight
 from offload.kernels.ggml.library import FLOAT_BYTES, I32, I64, Library
 from offload.kernels.ggml.workspace import Workspace
 from offload.kernels.ops import Activation
@@ -39,11 +39,13 @@ class Routed(NamedTuple):
         ids: int32 [layers with experts, tokens, num_used], the choice of every layer of the pass.
         x: float32 [tokens, hidden_size], what the experts of the layer at hand get.
         returned: float32 [tokens, num_used, hidden_size], what they return.
+        foreseen: int32 [lookahead, layers with experts, tokens * width], guesses of choices.
     """
 
     ids: npt.NDArray[np.int32]
     x: npt.NDArray[np.float32]
     returned: npt.NDArray[np.float32]
+    foreseen: npt.NDArray[np.int32]
 
 
 class Where(NamedTuple):
@@ -207,13 +209,16 @@ class ExpertKernels:
         return tensor
 
 
-def routing_memory(layers: int, tokens: int, num_used: int, hidden_size: int, *, returned: bool) -> Routed:
-    """Memory for micro-batches of up to `tokens` tokens; without `returned` only the choices are kept."""
-    rows = tokens if returned else 0
+def routing_memory(
+    layers: int, tokens: int, num_used: int, hidden_size: int, foresight: Foresight, *, returned: bool
+) -> Routed:
+    """Memory for micro-batches of up to `tokens` tokens; without `returned` only choices and guesses are kept."""
+    rows, guessing = tokens if returned else 0, tokens if foresight.in_prompts else 1
     return Routed(
         np.zeros((layers, tokens, num_used), np.int32),
         np.zeros((rows, hidden_size), np.float32),
         np.zeros((rows, num_used, hidden_size), np.float32),
+        np.zeros((foresight.lookahead, layers, guessing * foresight.width), np.int32),
     )
 
 

@@ -58,6 +58,15 @@ class Experts(Protocol):
         """Puts the numbers of the chosen experts, and what those get, where they can be read after the piece."""
         ...
 
+    @property
+    def width(self) -> int:
+        """How many experts a guess of a later choice names."""
+        ...
+
+    def keep_foreseen(self, layer: int, ahead: int, ids: int) -> None:
+        """Puts such a guess, int32 [num_tokens, width], where it can be read after the piece."""
+        ...
+
     def returned(self, tensor: int) -> None:
         """Lets a tensor [num_tokens, num_used, hidden_size] read what the experts returned."""
         ...
@@ -239,6 +248,14 @@ class GgmlOps:
         self._latest = choice.weights
         if not is_resident:
             self._experts.end_piece()
+
+    def foresee(self, x: Node, routing: Routing, ahead: int) -> None:
+        """Keeps the guess; part of the piece that ends with the choice of the layer at hand."""
+        products = self.linear(x, routing.router, routing.bias)
+        bias = None if routing.selection_bias is None else self._weight(routing.selection_bias)
+        width, tokens = min(self._experts.width, routing.num_experts), x.shape[0]
+        ids = self._recorder.rank(products.tensor, bias, routing, width, tokens)
+        self._experts.keep_foreseen(routing.layer, ahead, ids)
 
     def mix(self, layer: int) -> Node:
         """Begins a piece with what the experts returned, where they had to be brought; else computes them here."""

@@ -33,10 +33,7 @@ class Recorder:
         """From the router's products [num_tokens, num_experts] to a choice, in the graph."""
         lib, ctx, used = self._lib, self._ctx, routing.num_used
         scores = self._scores(products, routing)
-        compared = scores if selection_bias is None else lib.ggml_add(ctx, scores, selection_bias)
-        if routing.num_groups > 1:
-            compared = self._best_groups(compared, routing, num_tokens)
-        ids = lib.ggml_cont(ctx, lib.ggml_argsort_top_k(ctx, compared, used))
+        ids = self._best(scores, selection_bias, routing, used, num_tokens)
         scores = lib.ggml_reshape_3d(ctx, scores, 1, routing.num_experts, num_tokens)
         weights = lib.ggml_reshape_2d(ctx, lib.ggml_get_rows(ctx, scores, ids), used, num_tokens)
         if routing.scoring == "softmax_of_chosen":
@@ -49,6 +46,12 @@ class Recorder:
         weights = lib.ggml_reshape_3d(ctx, weights, 1, used, num_tokens)
         lib.ggml_build_forward_expand(self._graph, weights)
         return Choice(x, ids, weights, num_tokens)
+
+    def rank(self, products: int, selection_bias: int | None, routing: Routing, count: int, num_tokens: int) -> int:
+        """The `count` best experts in order, int32 [num_tokens, count], in the graph."""
+        ids = self._best(self._scores(products, routing), selection_bias, routing, count, num_tokens)
+        self._lib.ggml_build_forward_expand(self._graph, ids)
+        return ids
 
     def mix(self, returned: int, weights: int, hidden_size: int, num_used: int, num_tokens: int) -> int:
         """The weighted sum of what the experts returned, [num_tokens, num_used, hidden_size], in the order of the choice."""
@@ -64,6 +67,13 @@ class Recorder:
         for view in views[1:]:
             total = lib.ggml_add(ctx, total, view)
         return total
+
+    def _best(self, scores: int, selection_bias: int | None, routing: Routing, count: int, num_tokens: int) -> int:
+        lib, ctx = self._lib, self._ctx
+        compared = scores if selection_bias is None else lib.ggml_add(ctx, scores, selection_bias)
+        if routing.num_groups > 1:
+            compared = self._best_groups(compared, routing, num_tokens)
+        return int(lib.ggml_cont(ctx, lib.ggml_argsort_top_k(ctx, compared, count)))
 
     def _scores(self, products: int, routing: Routing) -> int:
         score = {"softmax": self._lib.ggml_soft_max, "sigmoid": self._lib.ggml_sigmoid}.get(routing.scoring)

@@ -16,7 +16,7 @@ import torch
 from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
-from offload.kernels.batch import ExpertPlace, Floats, Ints, MicroBatch, Piece
+from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
@@ -41,6 +41,7 @@ class TorchBackend:
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._experts: dict[int, ExpertPlace] = {}
+        self._foresight = Foresight()
         self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
         self._ops: list[TorchOps] = []
@@ -65,6 +66,10 @@ class TorchBackend:
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
         """See `Backend.place_experts`. They are in host memory, and copied to the device when they are used."""
         self._experts[layer] = place
+
+    def set_foresight(self, foresight: Foresight) -> None:
+        """See `Backend.set_foresight`."""
+        self._foresight = foresight
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
         """See `Backend.schedule`. A stage with streamed blocks stands alone, experts begin and end a piece; others merge."""
@@ -120,6 +125,10 @@ class TorchBackend:
             if self._cancel is not None:
                 self._cancel.raise_if_cancelled()
             stage = self._model.stages[index]
+            if stage.routes:
+                looks = self._foresight.looks(self._batches[batch].num_tokens)
+                for ahead, router in enumerate(self._model.routers_behind(stage.layer, looks), 1):
+                    router.foresee(self._ops[batch], self._hidden[batch], ahead)
             result = stage.forward(self._ops[batch], self._hidden[batch])
             if stage.layer < 0:
                 self._parts[batch].append(result)
@@ -134,6 +143,14 @@ class TorchBackend:
             return np.empty((0, self._model.experts[layer].num_used), np.int32)
         chosen: Ints = routed.experts.int().cpu().numpy()
         return chosen
+
+    def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
+        """See `Backend.foreseen`."""
+        ranked = self._ops[batch].foreseen.get((layer, ahead))
+        if ranked is None:
+            return np.empty((0, self._foresight.width), np.int32)
+        named: Ints = ranked[:, : self._foresight.width].int().cpu().numpy()
+        return named
 
     @torch.inference_mode()
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from offload.kernels.ops import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, Attention, Ops, Rope, Routing
 from offload.kernels.torch.cache import TorchCache
-from offload.kernels.torch.routing import Routed, Weights, choose
+from offload.kernels.torch.routing import Routed, Weights, choose, rank
 from offload.models.base import ExpertLayer
 
 _ACTIVATIONS: Final[dict[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
@@ -35,6 +35,7 @@ class TorchOps(Ops[torch.Tensor]):
 
     Attributes:
         routed: by layer, the choices whose experts have still to be computed.
+        foreseen: by layer and how many layers before, all experts in the order in which they were guessed.
     """
 
     def __init__(self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor) -> None:
@@ -46,6 +47,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
         self.routed: dict[int, Routed] = {}
+        self.foreseen: dict[tuple[int, int], torch.Tensor] = {}
 
     def linear(self, x: torch.Tensor, weight: str, bias: str | None = None) -> torch.Tensor:
         return functional.linear(x, self._weights(weight), None if bias is None else self._weights(bias))
@@ -123,6 +125,9 @@ class TorchOps(Ops[torch.Tensor]):
 
     def route(self, x: torch.Tensor, routing: Routing) -> None:
         self.routed[routing.layer] = choose(x, routing, self._weights)
+
+    def foresee(self, x: torch.Tensor, routing: Routing, ahead: int) -> None:
+        self.foreseen[routing.layer, ahead] = rank(x, routing, self._weights)
 
     def mix(self, layer: int) -> torch.Tensor:
         return self.routed.pop(layer).mixed()

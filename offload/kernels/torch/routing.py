@@ -43,11 +43,8 @@ class Routed(NamedTuple):
 
 def choose(x: torch.Tensor, routing: Routing, weights: Weights) -> Routed:
     """Routes x [num_tokens, hidden_size]; see `Routing`."""
-    bias = None if routing.bias is None else weights(routing.bias)
-    products = torch.nn.functional.linear(x, weights(routing.router), bias)
-    scores = _scores(products, routing)
-    compared = scores if routing.selection_bias is None else scores + weights(routing.selection_bias)
-    chosen = _best_groups(compared, routing).topk(routing.num_used, dim=-1).indices
+    scores, compared = _compared(x, routing, weights)
+    chosen = compared.topk(routing.num_used, dim=-1).indices
     mix = scores.gather(1, chosen)
     if routing.scoring == "softmax_of_chosen":
         mix = mix.softmax(-1)
@@ -56,6 +53,20 @@ def choose(x: torch.Tensor, routing: Routing, weights: Weights) -> Routed:
             2.0**-14
         )  # as llama.cpp: the smallest normal half-precision number
     return Routed(x, chosen, mix * routing.scale, x.new_zeros((*chosen.shape, x.shape[1])))
+
+
+def rank(x: torch.Tensor, routing: Routing, weights: Weights) -> torch.Tensor:
+    """All experts, best first, int64 [num_tokens, num_experts]."""
+    _, compared = _compared(x, routing, weights)
+    return compared.argsort(dim=-1, descending=True, stable=True)
+
+
+def _compared(x: torch.Tensor, routing: Routing, weights: Weights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores [num_tokens, num_experts], and what experts are compared by."""
+    bias = None if routing.bias is None else weights(routing.bias)
+    scores = _scores(torch.nn.functional.linear(x, weights(routing.router), bias), routing)
+    compared = scores if routing.selection_bias is None else scores + weights(routing.selection_bias)
+    return scores, _best_groups(compared, routing)
 
 
 def _scores(products: torch.Tensor, routing: Routing) -> torch.Tensor:

@@ -1,0 +1,180 @@
+"""The slots of a bank in memory, and what is in them. Decides nothing but which slot: who goes is the policy's choice.
+
+free        nothing is in them
+resident    experts that tokens have used; the policy says which of them goes
+reserve     a few slots for experts that are read ahead. A guess that is used becomes resident, and the reserve takes
+            another slot for it; one that is not makes room for a later guess, so that it costs no resident its place
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import OrderedDict, deque
+from collections.abc import Collection, Iterator, Sequence
+from typing import NamedTuple
+
+from offload.blocks import ExpertKey, Extent
+from offload.expert_bank import BankSpec
+from offload.kernels.batch import ExpertPlace
+from offload.prefetch.eviction import Eviction
+from offload.tiers.base import Reader, TransferHandle
+from offload.tiers.ram import Slab
+
+
+class Flight(NamedTuple):
+    """An expert on its way into a slot."""
+
+    key: ExpertKey
+    slot: int
+    handles: Sequence[TransferHandle]
+
+    def done(self) -> bool:
+        return all(handle.done() for handle in self.handles)
+
+    def failed(self) -> bool:
+        return any(handle.error is not None for handle in self.handles)
+
+
+class ExpertBank:
+    """See the module. Driver thread only.
+
+    Args:
+        slab: memory of `num_slots` slots. reserve: how many of them experts may be read ahead into.
+    """
+
+    def __init__(
+        self, spec: BankSpec, slab: Slab, num_slots: int, reader: Reader, policy: Eviction, reserve: int = 0
+    ) -> None:
+        assert num_slots * spec.stride <= slab.nbytes, (num_slots, spec.stride, slab.nbytes)
+        self.spec = spec
+        self.num_slots = num_slots
+        self.reserve = reserve
+        self._slab = slab
+        self._reader = reader
+        self._policy = policy
+        self._layers = {layer.layer: layer for layer in spec.layers}
+        self._offsets = {layer.layer: spec.offsets(layer) for layer in spec.layers}
+        self._free = deque(range(num_slots))
+        self._resident: dict[ExpertKey, int] = {}
+        self._reserved = 0  # slots of the reserve: idle ones, guesses that have arrived, and those on their way
+        self._idle: list[int] = []
+        self._guesses: OrderedDict[ExpertKey, int] = OrderedDict()
+
+    def place(self, layer: int) -> ExpertPlace:
+        """What kernels need to know."""
+        return ExpertPlace(
+            self._slab.address, self.spec.stride, self.num_slots, self._offsets[layer], is_resident=False
+        )
+
+    def slot(self, key: ExpertKey) -> int | None:
+        """Where an expert is, or None."""
+        slot = self._resident.get(key)
+        return self._guesses.get(key) if slot is None else slot
+
+    @property
+    def has_free_slot(self) -> bool:
+        """Whether an expert can come without another one going."""
+        return bool(self._free)
+
+    def chosen(self, layer: int, experts: Sequence[int]) -> None:
+        """A token needs these experts, wherever they are."""
+        self._policy.chosen(layer, experts)
+
+    # ---- what is needed
+
+    def start(self, keys: Sequence[ExpertKey], layer: int, keep: Collection[ExpertKey]) -> list[Flight]:
+        """Starts reading experts in one submission; fewer than `keys` where slots hold what must stay.
+
+        Args:
+            layer: where the token is. keep: experts that must not go.
+
+        Raises:
+            StorageError: a file has shrunk.
+        """
+        self._vacate(len(keys), layer, keep)
+        taken = [(key, self._free.popleft()) for key in keys[: len(self._free)]]
+        return self._read(taken, self._free, background=False)
+
+    def land(self, flight: Flight, *, passing: bool) -> None:
+        """A flight has ended well, and its expert is needed."""
+        self._settle(flight)
+        self._resident[flight.key] = flight.slot
+        self._policy.add(flight.key, passing=passing)
+
+    def drop(self, flight: Flight) -> None:
+        """A flight has ended, and nobody wants to know how."""
+        self._free.append(flight.slot)
+
+    # ---- what may be needed
+
+    def start_ahead(self, keys: Sequence[ExpertKey], layer: int, keep: Collection[ExpertKey]) -> list[Flight]:
+        """Starts reading experts in the background, as far as the reserve has room. Arguments as of `start`."""
+        wanted = min(self.reserve - self._reserved, len(keys) - len(self._idle))
+        if wanted > 0:
+            self._vacate(wanted, layer, keep)
+            for _ in range(min(wanted, len(self._free))):
+                self._idle.append(self._free.popleft())
+                self._reserved += 1
+        while len(self._idle) < len(keys) and self._guesses:
+            self._idle.append(self._guesses.popitem(last=False)[1])
+        taken = [(key, self._idle.pop()) for key in keys[: len(self._idle)]]
+        return self._read(taken, self._idle, background=True)
+
+    def land_ahead(self, flight: Flight) -> None:
+        """A background flight has ended, and nobody has asked for its expert yet."""
+        if flight.failed():
+            self._idle.append(flight.slot)
+        else:
+            self._settle(flight)
+            self._guesses[flight.key] = flight.slot
+
+    def claim(self, key: ExpertKey) -> bool:
+        """A token needs `key`: whether it had been read ahead. From now on it is resident."""
+        slot = self._guesses.pop(key, None)
+        if slot is None:
+            return False
+        self._reserved -= 1
+        self._resident[key] = slot
+        self._policy.add(key)
+        return True
+
+    def release(self, flight: Flight) -> None:
+        """A background flight is needed now: its slot is no longer of the reserve."""
+        del flight
+        self._reserved -= 1
+
+    # ---- inner
+
+    def _vacate(self, count: int, layer: int, keep: Collection[ExpertKey]) -> None:
+        """Makes slots free until there are `count`, or until all others must stay."""
+        missing = count - len(self._free)
+        if missing > 0:
+            for victim in self._policy.victims(layer, missing, keep):
+                self._policy.remove(victim)
+                self._free.append(self._resident.pop(victim))
+
+    def _read(
+        self, taken: Sequence[tuple[ExpertKey, int]], source: deque[int] | list[int], *, background: bool
+    ) -> list[Flight]:
+        requests = [request for key, slot in taken for request in self._requests(key, slot)]
+        try:
+            handles = self._reader.read_extents(requests, background=background)
+        except BaseException:
+            source.extend(slot for _, slot in taken)
+            raise
+        each = len(self.spec.windows)
+        return [Flight(key, slot, handles[i * each : (i + 1) * each]) for i, (key, slot) in enumerate(taken)]
+
+    def _requests(self, key: ExpertKey, slot: int) -> Iterator[tuple[Extent, memoryview]]:
+        matrices, base = self._layers[key.layer].experts[key.expert], slot * self.spec.stride
+        for matrix, start, window in zip(matrices, self.spec.starts, self.spec.windows, strict=True):
+            yield matrix.extent, self._slab.view(base + start, window)
+
+    def _settle(self, flight: Flight) -> None:
+        """Moves the matrices of an expert to where kernels look for those of its layer, when they lie elsewhere."""
+        base = self._slab.address + flight.slot * self.spec.stride
+        matrices = self._layers[flight.key.layer].experts[flight.key.expert]
+        for matrix, start, offset in zip(matrices, self.spec.starts, self._offsets[flight.key.layer], strict=True):
+            found = start + matrix.extent.lead
+            if found != offset:
+                ctypes.memmove(base + offset, base + found, matrix.nbytes)
