@@ -46,9 +46,7 @@ def open_engine(model: Path | None, options: LoadOptions, bars: Bars) -> Iterato
         bars.end(OPENING)
         bars.update(PHASES.get(phase, phase), done, total)
 
-    engine: Engine = _engine_module().load(
-        path, **options.planning(), trace=options.trace is not None, progress=loading
-    )
+    engine: Engine = _engine_module().load(path, **options.loading(), progress=loading)
     with engine:
         bars.stop()
         for note in notes(engine.plan, options):

@@ -32,6 +32,8 @@ COMMANDS: Final = {
     "plan": "Show what would lie where in memory, and how fast it would run. Loads nothing.",
     "inspect": "Show what a model file holds. Loads nothing.",
     "doctor": "Measure this machine and say what is missing.",
+    "trace": "Record what routers of a model with experts decide, and replay policies against it.",
+    "tune": "Find what makes a model with experts fastest on this machine.",
     "bench": "Measure prefill and decode speed, and the share of the disk's limit that was reached.",
 }
 EXIT_FAILED: Final = 1
@@ -108,11 +110,14 @@ def report(message: str, error: Exception | None) -> None:
 
 
 def load_command(name: str) -> Any:
-    """Import `offload.cli.<name>` and make a command of its function `<name>`."""
+    """Import `offload.cli.<name>` and make a command of its function `<name>`, or a group of its `app`."""
+    module = import_module(f"offload.cli.{name}")
+    if hasattr(module, "app"):
+        group = typer.main.get_command(module.app)
+        group.help = COMMANDS[name]
+        return group
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, help=COMMANDS[name], no_args_is_help=False)(
-        getattr(import_module(f"offload.cli.{name}"), name)
-    )
+    single.command(name, help=COMMANDS[name], no_args_is_help=False)(getattr(module, name))
     return typer.main.get_command(single)
 
 

@@ -62,6 +62,14 @@ class KVType(str, Enum):
     f32 = "f32"
 
 
+class PrefetchChoice(str, Enum):
+    """Whether experts are read ahead of need."""
+
+    auto = "auto"
+    on = "on"
+    off = "off"
+
+
 def _memory(*names: str, about: str, env: str | None = None) -> Any:
     return typer.Option(*names, help=about, envvar=env, show_default=False, rich_help_panel=_MEMORY)
 
@@ -127,6 +135,16 @@ class PlanOptions:
 class LoadOptions(PlanOptions):
     """How to open the model: the arguments of `offload.load`."""
 
+    expert_policy: Annotated[
+        str,
+        _memory(
+            "--expert-policy", about="Which expert makes room: auto, lru, lrfu-64, ..", env="OFFLOAD_EXPERT_POLICY"
+        ),
+    ] = "auto"
+    prefetch: Annotated[
+        PrefetchChoice, _memory("--prefetch", about="Read experts ahead of need.", env="OFFLOAD_PREFETCH")
+    ] = PrefetchChoice.auto
+    workers: Annotated[int | None, _memory("--workers", about="Disk requests in flight.", env="OFFLOAD_WORKERS")] = None
     trace: Annotated[
         Path | None,
         typer.Option(
@@ -138,6 +156,16 @@ class LoadOptions(PlanOptions):
             callback=_check_trace,
         ),
     ] = None
+
+    def loading(self) -> dict[str, Any]:
+        """All options by the names of `offload.load`'s arguments."""
+        return {
+            **self.planning(),
+            "expert_policy": self.expert_policy,
+            "prefetch": self.prefetch.value,
+            "workers": self.workers,
+            "trace": self.trace is not None,
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from offload.blocks import BlockKey, BlockSpec, ExpertKey
@@ -64,12 +64,18 @@ class Place(Protocol):
         """What brings experts, after `fill`; None where there are none, or all are resident."""
         ...
 
+    @property
+    def foresight(self) -> Foresight:
+        """What passes guess for it, after `fill`."""
+        ...
+
 
 @dataclass(slots=True)
 class _Host:
-    """Blocks in host RAM: pinned in one slab, the others through a ring."""
+    """Blocks in host RAM: pinned in one slab, the others through a ring; and experts in slots."""
 
     stack: ExitStack
+    foresight: Foresight = field(default_factory=Foresight)
 
     def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
         slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
@@ -94,16 +100,14 @@ class _Host:
                 nothing to bring, and None comes back.
         """
         guesses = config.prefetch != "off" and _routers_stay(model, plan)
-        if guesses:
-            backend.set_foresight(Foresight(lookahead=1, width=GUESSED_EXPERTS))
         banks: dict[int, ExpertBank] = {}
         first: list[ExpertKey] = []
         for spec, num_slots in zip(expert_banks(model), plan.bank_slots, strict=True):
             is_resident = in_pass and num_slots == spec.num_experts
-            reserve = 0 if is_resident or not guesses else min(RESERVED_SLOTS, num_slots // 4 - spec.least_slots)
+            reserve = _reserve(spec, num_slots) if guesses and not is_resident else 0
             policy = make_eviction(config.expert_policy, [layer.layer for layer in spec.layers], spec.experts_per_layer)
             slab = self.slab(num_slots * spec.stride)
-            bank = ExpertBank(spec, slab, num_slots, reader, policy, max(0, reserve))
+            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve)
             before = 0
             for layer in spec.layers:
                 place = bank.place(layer.layer)
@@ -120,6 +124,9 @@ class _Host:
         cache = ExpertCache(banks, backend, reader, telemetry, Governor(fixed))
         cache.fill(first, report)
         fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
+        if any(bank.reserve for bank in banks.values()):
+            self.foresight = Foresight(lookahead=1, width=GUESSED_EXPERTS)
+            backend.set_foresight(self.foresight)
         return cache if fetched and banks else None
 
 
@@ -127,6 +134,12 @@ def _routers_stay(model: Model, plan: Plan) -> bool:
     """Whether the router of every layer is always there, so that it can be asked at any time."""
     routers = {name for router in model.routers.values() for name in router.matrices}
     return routers.isdisjoint(key.name for key in plan.streamed)
+
+
+def _reserve(spec: BankSpec, num_slots: int) -> int:
+    """Slots that experts may be read ahead into: so few that a choice always finds room, beside all that is guessed."""
+    guessed = min(GUESSED_EXPERTS, spec.experts_per_layer)
+    return max(0, min(RESERVED_SLOTS, num_slots // 4, num_slots - 2 * spec.least_slots - guessed))
 
 
 def _filling_order(spec: BankSpec, *, in_order: bool) -> list[ExpertKey]:
@@ -198,6 +211,10 @@ class HostPlace:
             start += buckets * nbytes
         return ranges
 
+    @property
+    def foresight(self) -> Foresight:
+        return self._host.foresight
+
     def place_vector(self, name: str, values: Floats) -> None:
         self.backend.place_vector(name, values)
 
@@ -265,6 +282,10 @@ class DevicePlace:
     @property
     def idle(self) -> None:
         """Nothing: cache and workspace are on the device."""
+
+    @property
+    def foresight(self) -> Foresight:
+        return self._host.foresight
 
     def place_vector(self, name: str, values: Floats) -> None:
         self._vectors[name] = values

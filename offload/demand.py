@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Final
 
+from offload.bank_plan import BankDemand, Curve
 from offload.blocks import BlockKey, BlockSpec
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
 from offload.expert_bank import expert_banks, expert_nbytes
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
-from offload.plan import BankDemand, Demand
+from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
@@ -52,8 +53,8 @@ def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
     )
 
 
-def model_banks(model: Model) -> tuple[BankDemand, ...]:
-    """What the model's experts need of memory, bank by bank."""
+def model_banks(model: Model, curve: Curve = ()) -> tuple[BankDemand, ...]:
+    """What the model's experts need of memory, bank by bank. `curve`: see `BankDemand`."""
     return tuple(
         BankDemand(
             slot_bytes=bank.stride,
@@ -61,6 +62,7 @@ def model_banks(model: Model) -> tuple[BankDemand, ...]:
             num_experts=bank.num_experts,
             least_slots=bank.least_slots,
             used=sum(layer.num_used for layer in bank.layers),
+            curve=curve,
         )
         for bank in expert_banks(model)
     )
@@ -102,7 +104,7 @@ def logits_rows(model: Model) -> int:
 def make_demand(
     model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int,
     micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
-    device_fixed: Mapping[str, int] | None = None,
+    device_fixed: Mapping[str, int] | None = None, curve: Curve = (),
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -114,12 +116,13 @@ def make_demand(
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
+        curve: how often experts hit, from a trace; see `BankDemand`.
     """
     blocks = model_blocks(model, in_parts=in_parts)
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
     rows = min(MICRO_BATCH_TOKENS, ctx)
     compute_s = compute_seconds(model, rates)
-    banks = model_banks(model)
+    banks = model_banks(model, curve)
     everything = sum(block.footprint for block in blocks) + sum(bank.slot_bytes * bank.num_experts for bank in banks)
     missing = max(0, everything + kv_bytes + base_bytes - (budget_bytes or 0))
     per_pass = micro_batches_per_pass(

@@ -86,17 +86,20 @@ class EmbeddingTable:
 
     def _read_some(self, ids: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8], cancel: CancelToken | None) -> None:
         size, base = self._table.row_nbytes, self._table.extent
-        flights = []
+        requests = [
+            (
+                Extent(path=base.path, offset=base.offset + int(token) * size, nbytes=size),
+                self._scratch.view(place * self._row_window, self._row_window),
+            )
+            for place, token in enumerate(ids)
+        ]
         try:
-            for place, token in enumerate(ids):
-                extent = Extent(path=base.path, offset=base.offset + int(token) * size, nbytes=size)
-                view = self._scratch.view(place * self._row_window, self._row_window)
-                flights.append((place, extent, view, self._reader.read_extent(extent, view)))
+            handles = self._reader.read_extents(requests)
             asked = perf_counter()
-            for *_, handle in flights:
+            for handle in handles:
                 handle.wait(cancel)
             self._telemetry.waited("token rows", asked, perf_counter())
-            for place, extent, view, _ in flights:
+            for place, (extent, view) in enumerate(requests):
                 rows[place] = np.frombuffer(view, np.uint8, size, extent.lead)
         except BaseException:
             self._reader.cancel_pending()

@@ -11,6 +11,7 @@ from time import perf_counter
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 import psutil
 
 from offload.config import GenerationConfig, LoadConfig, SamplingConfig
@@ -22,6 +23,8 @@ from offload.models.text.base import Tokenizer
 from offload.models.text.template import render
 from offload.opening import Progress
 from offload.plan import Plan
+from offload.prefetch.routing import RoutingTrace
+from offload.recording import finish, recording
 from offload.results import Chunk, Completion, EdgeUse, Statistics, TierUse, Timings
 from offload.runtime import Driver, Stream, iterate
 from offload.tiers.base import CancelToken
@@ -170,6 +173,45 @@ class Engine:
             return rows
 
         return self._driver.submit(work, cancel).result()
+
+    def record_routing(self, prompt: Prompt, *, max_tokens: int = 0, origin: str = "", **options: Any) -> RoutingTrace:
+        """What routers decide for a prompt, and for an answer to it of up to `max_tokens`.
+
+        Without an answer the prompt is a text, each of whose tokens counts as if it had been decoded.
+
+        Args:
+            origin: where the tokens come from, for people. options: of the answer, see `generate`.
+
+        Raises:
+            UsageError: the model has no experts.
+        """
+        ids, request, cancel = self._tokens(prompt), make_request({**options, "max_tokens": max_tokens}), CancelToken()
+
+        def work() -> RoutingTrace:
+            self._check()
+            runner = self._open_runner
+            if not runner.opened.model.experts:
+                raise UsageError(f"{self.model_name} has no experts, and so no routing to record")
+            with recording(runner) as recorder:
+                if max_tokens:
+                    self._guard(lambda: generate(self._decoder, runner, ids, request, cancel, lambda _: None, None))
+                else:
+                    self._guard(lambda: self._decoder.all_logits(ids, cancel))
+                return finish(recorder, runner, origin, by_themselves=not max_tokens)
+
+        return self._driver.submit(work, cancel).result()
+
+    def log_likelihood(self, tokens: Prompt) -> Floats:
+        """Of every token of a text but the first, given those before it: nats, float32 [num_tokens - 1].
+
+        Perplexity is `exp(-mean)`.
+        """
+        ids = self._tokens(tokens)
+        logits = self.logits(ids)[:-1].astype(np.float64)
+        logits -= logits.max(axis=-1, keepdims=True)
+        chosen = logits[np.arange(len(logits)), ids[1:]]
+        likelihood: Floats = (chosen - np.log(np.exp(logits).sum(axis=-1))).astype(np.float32)
+        return likelihood
 
     # ---- text
 

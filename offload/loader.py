@@ -6,6 +6,7 @@ Open, plan, allocate, read, in that order; the reverse order on close, or when a
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,11 @@ import numpy as np
 from offload.backends import Place, make_place
 from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
 from offload.embedding import EmbeddingTable
-from offload.kernels.batch import Backend, Floats
+from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.dequantize import dequantize
 from offload.lending import IdleMemory, Lending
 from offload.models.base import Vector
-from offload.opening import Opened, Progress, micro_batch_tokens, open_model, plan_for
+from offload.opening import Opened, Progress, known_tuning, micro_batch_tokens, open_model, plan_for
 from offload.plan import Plan
 from offload.residency import Residency
 from offload.scheduler import Scheduler
@@ -55,6 +56,7 @@ class Runner:
         self._open_table(storage)
         self.backend: Backend = place.backend
         self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry, place.experts)
+        self._own_foresight = place.foresight
         self._lending = self._lend(place.idle, residency)
         self.lend(1)  # nothing is in use yet; a prompt takes what it needs
 
@@ -71,6 +73,11 @@ class Runner:
     def lend(self, positions: int, cancel: CancelToken | None = None) -> bool:
         """See `Lending.lend`."""
         return self._lending is not None and self._lending.lend(positions, cancel)
+
+    def foresee(self, foresight: Foresight | None) -> None:
+        """Has passes guess what later layers will choose; None goes back to what reading ahead needs."""
+        self.backend.set_foresight(self._own_foresight if foresight is None else foresight)
+        self.scheduler.reschedule()
 
     def close(self) -> None:
         """Frees memory, threads and files, in the reverse order of their making. Idempotent."""
@@ -141,7 +148,21 @@ def load_runner(
     Raises:
         CheckpointError, UnsupportedError, BudgetError, StorageError, AllocationError, BackendError: see errors.
     """
-    return Runner(open_model(path, config), config, storage=storage or LocalStorage(), progress=progress)
+    opened = open_model(path, config)
+    return Runner(opened, tuned(opened, config), storage=storage or LocalStorage(), progress=progress)
+
+
+def tuned(opened: Opened, config: LoadConfig) -> LoadConfig:
+    """The configuration with what is known to suit the model, where nothing else was asked for."""
+    found = known_tuning(opened)
+    if found is None:
+        return config
+    return replace(
+        config,
+        expert_policy=found.policy if config.expert_policy == "auto" else config.expert_policy,
+        prefetch=found.prefetch if config.prefetch == "auto" else config.prefetch,
+        workers=config.workers or found.workers,
+    )
 
 
 def plan_only(path: str | Path, config: LoadConfig) -> Plan:

@@ -25,6 +25,7 @@ from offload.plan import Demand, Plan, make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
 from offload.tiers.heap import trim_heap
+from offload.tuning import Tuning, load_tuning
 from offload.units import GIB, MIB, align_up, format_size
 
 DEFAULT_CTX: Final = 4096
@@ -142,12 +143,15 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     trim_heap()  # what parsing left behind
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
+    tuning = known_tuning(opened)
+    curve = () if tuning is None else tuning.curve
+
     def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
             opened.model, ctx=opened.ctx, in_parts=footprint.in_parts, kv_bytes=footprint.kv_bytes,
             workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes,
             micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
-            budget_bytes=budget, device_fixed=footprint.device_fixed,
+            budget_bytes=budget, device_fixed=footprint.device_fixed, curve=curve,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time
@@ -159,6 +163,11 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         if budget >= minimum_budget(candidate):
             return make_plan(candidate, budget, footprint.device_budget_bytes)
     return make_plan(named, budget, footprint.device_budget_bytes)
+
+
+def known_tuning(opened: Opened) -> Tuning | None:
+    """What was found out about the model's experts on this machine, if it has any."""
+    return load_tuning(opened.checkpoint.fingerprint) if opened.model.experts else None
 
 
 def default_budget(base_bytes: int) -> int:

@@ -15,6 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
+from offload.bank_plan import BankDemand, least_bytes, share_slots
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.errors import BudgetError
 from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
@@ -26,23 +27,6 @@ OVERLAP_COST: Final = 0.15
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
 RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BankDemand:
-    """Experts of one shape, of which a token needs a few.
-
-    Attributes:
-        slot_bytes: memory that one takes. expert_bytes: that are read for it.
-        num_experts: of all layers. least_slots: without which a token cannot be computed.
-        used: how many a token needs, of all layers.
-    """
-
-    slot_bytes: int
-    expert_bytes: int
-    num_experts: int
-    least_slots: int
-    used: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +163,8 @@ class Plan:
 
     @property
     def missed_bytes(self) -> int:
-        """Bytes of experts read for one decoded token, if all of them are chosen equally often."""
-        return sum(
-            round(bank.used * (1 - slots / bank.num_experts)) * bank.expert_bytes
-            for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True)
-        )
+        """Bytes of experts read for one decoded token: as in the trace, or as if all were chosen equally often."""
+        return sum(bank.missed_bytes(slots) for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True))
 
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""
@@ -237,7 +218,7 @@ def minimum_budget(demand: Demand) -> int:
     """
     everything = sum(block.footprint for block in demand.blocks)
     streamed = min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
-    return sum(demand.fixed.values()) + streamed + _least_banks(demand)
+    return sum(demand.fixed.values()) + streamed + least_bytes(demand.banks)
 
 
 def full_budget(demand: Demand) -> int:
@@ -274,7 +255,7 @@ class _Share(NamedTuple):
 
 
 def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
-    share = _best(demand, budget - sum(demand.fixed.values()) - _least_banks(demand), members)
+    share = _best(demand, budget - sum(demand.fixed.values()) - least_bytes(demand.banks), members)
     if share is not None:
         return share
     minimum = minimum_budget(demand)
@@ -342,18 +323,6 @@ def _choose(
     return None
 
 
-def _least_banks(demand: Demand) -> int:
-    return sum(bank.slot_bytes * bank.least_slots for bank in demand.banks)
-
-
-def _bank_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
-    """Shares memory among banks: what is left behind the least goes to all in proportion to what they could hold."""
-    left = available - sum(bank.slot_bytes * bank.least_slots for bank in banks)
-    wanted = sum(bank.slot_bytes * (bank.num_experts - bank.least_slots) for bank in banks)
-    share = min(1.0, left / wanted) if wanted else 1.0
-    return tuple(bank.least_slots + int((bank.num_experts - bank.least_slots) * share) for bank in banks)
-
-
 def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
     members = frozenset(streamed)
     needs = [[demand.blocks[i].footprint for i in group if i in members] for group in demand.groups]
@@ -370,7 +339,7 @@ def _plan(
     pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
     link = _nbytes(demand, device.streamed) if device is not None else 0
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
-    bank_slots = _bank_slots(demand.banks, left)
+    bank_slots = share_slots(demand.banks, left)
     bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
     left -= bank_bytes
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory

@@ -6,7 +6,7 @@ however many tokens it carries; and each expert that any of them chose.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from time import perf_counter
 
@@ -19,7 +19,11 @@ from offload.tiers.base import CancelToken
 
 
 class Scheduler:
-    """Runs passes on one backend. Called from the driver thread only."""
+    """Runs passes on one backend. Called from the driver thread only.
+
+    Attributes:
+        observer: called with the micro-batches of each pass that has ended.
+    """
 
     def __init__(
         self,
@@ -35,10 +39,15 @@ class Scheduler:
         self._telemetry = telemetry
         self._streamed = streamed
         self._pieces: Sequence[Piece] | None = None
+        self.observer: Callable[[Sequence[MicroBatch]], None] | None = None
 
     def set_streamed(self, streamed: AbstractSet[BlockKey]) -> None:
         """From the next pass on these blocks have to be waited for, and no others."""
         self._streamed = streamed
+        self._pieces = None
+
+    def reschedule(self) -> None:
+        """The backend was told something that its graphs depend on."""
         self._pieces = None
 
     def forward(self, batches: Sequence[MicroBatch], hidden: Floats, cancel: CancelToken | None = None) -> None:
@@ -60,6 +69,8 @@ class Scheduler:
                 self._experts.restart()
             raise
         self._residency.read_ahead()
+        if self.observer is not None:
+            self.observer(batches)
         tokens, seconds = sum(batch.num_tokens for batch in batches), perf_counter() - start
         self._telemetry.passes += 1
         self._telemetry.tokens += tokens

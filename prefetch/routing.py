@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +47,26 @@ class RoutingTrace:
     def num_tokens(self) -> int:
         """Tokens of all passes."""
         return len(self.choices)
+
+    @classmethod
+    def joined(cls, parts: Sequence[RoutingTrace]) -> RoutingTrace:
+        """Traces of one model, one after the other."""
+        first = parts[0]
+        arrays: dict[str, Any] = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("choices", "weights", "foreseen")
+        }
+        counts = np.cumsum([0, *(int(part.passes[-1]) + 1 if part.num_tokens else 0 for part in parts)])
+        passes = np.concatenate([part.passes + count for part, count in zip(parts, counts, strict=False)])
+        return replace(first, **arrays, passes=passes.astype(np.int32))
+
+    def last(self, tokens: int) -> RoutingTrace:
+        """The last so many tokens."""
+        parts = {
+            name: part[-tokens:]
+            for name in ("choices", "passes", "weights", "foreseen")
+            if len(part := getattr(self, name))
+        }
+        return replace(self, **parts)
 
     @property
     def num_used(self) -> int:

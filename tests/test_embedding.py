@@ -106,7 +106,7 @@ def test_after_a_failed_read_or_a_cancel_in_the_middle_nothing_is_in_flight_and_
     with pytest.raises(Cancelled if cancelled else StorageError):
         table.rows(tokens, cancel)
     assert not cancelled or storage.reads == at, "reads behind the one that was waited for are dropped"
-    assert go.is_set() and not reader._queue and not reader._use.in_flight
+    assert go.is_set() and reader._queue.is_idle
     assert np.array_equal(table.rows(tokens, CancelToken()), table_values[tokens])
     reader.close()
     table.close()

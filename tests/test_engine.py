@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.checkpoints import FAMILIES, reference_logits, tiny_checkpoint
+from support.checkpoints import FAMILIES, MIXTURES, reference_logits, tiny_checkpoint
 from support.gguf_checkpoints import SIZES_FOR_K_QUANTS, gguf_checkpoint
 
 import offload
@@ -59,6 +59,27 @@ def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeyp
     for _, tokens, logits in seen[1:]:
         assert tokens == seen[0][1]
         assert np.array_equal(logits, seen[0][2])
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_no_bit_depends_on_what_is_read_ahead_or_on_who_goes_first(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny_checkpoint(family, tmp_path)
+    with offload.load(path, ctx=128) as engine:
+        answer = engine.generate(TOKENS[:9], max_tokens=40, temperature=0, ignore_eos=True)
+        expected = (answer.tokens, engine.logits(TOKENS))
+    guesses = {"on": 0, "off": 0, "auto": 0}
+    for share, prefetch, policy in (
+        (0.7, "on", "lru"), (0.5, "off", "lfu"), (0.75, "on", "density"), (0.8, "on", "one-bit"), (0.85, "auto", "regret"),
+    ):  # fmt: skip
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
+        with offload.load(path, ctx=128, prefetch=prefetch, expert_policy=policy) as engine:
+            answer = engine.generate(TOKENS[:9], max_tokens=40, temperature=0, ignore_eos=True)
+            guesses[prefetch] += engine._runner.telemetry.guesses
+            assert np.array_equal(engine.logits(TOKENS), expected[1])
+        assert answer.tokens == expected[0]
+    assert guesses["on"] > 0 == guesses["off"]
 
 
 @pytest.mark.parametrize("element", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_K", "Q6_K", "IQ4_XS", "IQ2_S", "MXFP4"])

@@ -20,7 +20,9 @@ from offload.expert_cache import ExpertCache
 from offload.expert_slots import ExpertBank
 from offload.models.base import ExpertLayer, ExpertMatrices
 from offload.models.checkpoint.base import TensorInfo
-from offload.prefetch.eviction import LeastRecentlyUsed
+from offload.prefetch.eviction import Eviction, LeastRecentlyUsed
+from offload.prefetch.governor import Governor
+from offload.prefetch.policies import EVICTION, make_eviction
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, TransferHandle
 from offload.tiers.memory import FakeStorage, MemoryReader
@@ -58,6 +60,10 @@ class Kernels:
     def __init__(self, spec: BankSpec, slab: Slab) -> None:
         self.spec, self.slab = spec, slab
         self.computed: list[tuple[int, ExpertKey]] = []
+        self.guess: dict[int, list[int]] = {}
+
+    def foreseen(self, batch: int, layer: int, ahead: int) -> np.ndarray:
+        return np.array([self.guess.get(layer, [])], np.int32) if self.guess.get(layer) else np.empty((0, 2), np.int32)
 
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         experts = next(one for one in self.spec.layers if one.layer == layer)
@@ -70,18 +76,14 @@ class Kernels:
 
 
 class HeldReader:
-    """Reads when told to, in the order of the requests."""
+    """Reads when told to: demands in the order of the requests, then what is read in the background."""
 
     def __init__(self) -> None:
         self.inner = MemoryReader(FakeStorage({FILE: CONTENT}), [FILE])
         self.requests: deque[tuple[Extent, memoryview, TransferHandle]] = deque()
+        self.background: deque[tuple[Extent, memoryview, TransferHandle]] = deque()
         self.fails = self.refuses = False
         self.submissions = 0
-
-    def read_extent(self, extent: Extent, destination: memoryview) -> TransferHandle:
-        handle = TransferHandle(pieces=1, nbytes=extent.window_nbytes)
-        self.requests.append((extent, destination, handle))
-        return handle
 
     def read_extents(
         self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
@@ -89,11 +91,27 @@ class HeldReader:
         self.submissions += 1
         if self.refuses:
             raise StorageError("the file has shrunk")
-        return [self.read_extent(extent, destination) for extent, destination in requests]
+        handles = [TransferHandle(pieces=1, nbytes=extent.window_nbytes) for extent, _ in requests]
+        queued = [(*request, handle) for request, handle in zip(requests, handles, strict=True)]
+        (self.background if background else self.requests).extend(queued)
+        return handles
+
+    def promote(self, handles: Sequence[TransferHandle]) -> None:
+        chosen = self._take(handles)
+        self.requests.extendleft(reversed(chosen))
+
+    def drop(self, handles: Sequence[TransferHandle]) -> None:
+        for _, _, handle in self._take(handles):
+            handle.fail(Cancelled("dropped"))
+
+    def _take(self, handles: Sequence[TransferHandle]) -> list[tuple[Extent, memoryview, TransferHandle]]:
+        chosen = [entry for entry in self.background if entry[2] in handles]
+        self.background = deque(entry for entry in self.background if entry[2] not in handles)
+        return chosen
 
     def release(self, count: int) -> None:
         for _ in range(count):
-            extent, destination, handle = self.requests.popleft()
+            extent, destination, handle = (self.requests or self.background).popleft()
             if self.fails:
                 handle.fail(StorageError("the disk failed"))
             else:
@@ -101,29 +119,34 @@ class HeldReader:
                 handle.complete(extent.window_nbytes)
 
     def cancel_pending(self) -> int:
-        for _, _, handle in self.requests:
+        for _, _, handle in (*self.requests, *self.background):
             handle.fail(Cancelled("dropped"))
         self.requests.clear()
+        self.background.clear()
         return 0
 
     def drain(self) -> None:
-        assert not self.requests
+        assert not self.requests and not self.background
 
 
 class Bench:
     """A cache over a bank of so many slots."""
 
-    def __init__(self, num_slots: int, reader: object | None = None) -> None:
+    def __init__(
+        self, num_slots: int, reader: object | None = None, *, reserve: int = 0, policy: Eviction | None = None
+    ) -> None:
         layers = make_layers()
         model = type("Model", (), {"experts": {layer.layer: layer for layer in layers}})
         (self.spec,) = expert_banks(model)  # type: ignore[arg-type]
         self.slab = Slab(num_slots * self.spec.stride, huge_pages=False)
         self.kernels = Kernels(self.spec, self.slab)
         self.reader = reader or MemoryReader(FakeStorage({FILE: CONTENT}), [FILE])
-        self.bank = ExpertBank(self.spec, self.slab, num_slots, self.reader, LeastRecentlyUsed(range(LAYERS), EXPERTS))  # type: ignore[arg-type]
+        self.policy = policy or LeastRecentlyUsed(range(LAYERS), EXPERTS)
+        self.bank = ExpertBank(self.spec, self.slab, num_slots, self.reader, self.policy, reserve)  # type: ignore[arg-type]
         self.telemetry = Telemetry()
         banks = dict.fromkeys(range(LAYERS), self.bank)
-        self.cache = ExpertCache(banks, self.kernels, self.reader, self.telemetry)  # type: ignore[arg-type]
+        governor = Governor(fixed=reserve > 0)
+        self.cache = ExpertCache(banks, self.kernels, self.reader, self.telemetry, governor)  # type: ignore[arg-type]
 
     def run(self, layer: int, *choices: Sequence[Sequence[int]]) -> None:
         """One layer of a pass whose micro-batches made these choices, and what was computed for it."""
@@ -252,3 +275,158 @@ def test_experts_are_filled_in_up_to_the_last_slot(bench: Bench) -> None:
     before = bench.reader.statistics().bytes
     bench.run(2, [[0, 5]])
     assert bench.reader.statistics().bytes == before
+
+
+# ---- reading ahead
+
+
+class Ahead(Bench):
+    """A cache with a reserve of two slots, over a reader that is held."""
+
+    def __init__(self, num_slots: int = 8, reserve: int = 2) -> None:
+        super().__init__(num_slots, HeldReader(), reserve=reserve)
+
+    def step(self, layer: int, chosen: Sequence[int], guess: Sequence[int] = (), *, ahead: int = 0) -> None:
+        """One layer of a token, behind which so many reads of the background have time."""
+        self.kernels.guess = {layer + 1: list(guess)}
+        self.cache.demand(layer, [np.array([chosen], np.int32)])
+        self.reader.release(len(self.reader.requests))
+        self.cache.compute(layer, None)
+        self.reader.release(min(ahead, len(self.reader.background)))
+
+    def there(self, layer: int) -> list[int]:
+        self.cache.restart()  # what has arrived is put away
+        return [expert for expert in range(EXPERTS) if self.bank.slot(ExpertKey(layer, expert)) is not None]
+
+
+@pytest.fixture
+def ahead() -> Iterator[Ahead]:
+    made = Ahead()
+    yield made
+    made.slab.close()
+
+
+def test_a_right_guess_is_a_hit_and_stays(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6], ahead=6)
+    assert ahead.telemetry.guesses == 2
+    before = ahead.reader.submissions
+    ahead.step(1, [5, 6])
+    assert ahead.reader.submissions == before, "nothing was left to read"
+    assert (ahead.telemetry.experts_hit, ahead.telemetry.guesses_used) == (2, 2)
+    assert ahead.there(1) == [5, 6]
+
+
+def test_a_guess_on_its_way_becomes_a_demand(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6], ahead=1)
+    ahead.kernels.guess = {}
+    ahead.cache.demand(1, [np.array([[5, 7]], np.int32)])
+    waiting = [request[0].offset for request in ahead.reader.requests]
+    wanted = [matrix.extent.offset for e in (5, 7) for matrix in ahead.spec.layers[1].experts[e]]
+    assert waiting == wanted[1:], "what is left of the right guess comes first"
+    assert not ahead.reader.background, "what was guessed wrongly is not read any more"
+    ahead.reader.release(5)
+    ahead.cache.compute(1, None)
+    assert {key.expert for _, key in ahead.kernels.computed if key.layer == 1} == {5, 7}
+    assert (ahead.telemetry.experts_hit, ahead.telemetry.guesses_used) == (0, 1)
+
+
+def test_wrong_guesses_take_no_place_from_what_tokens_use(ahead: Ahead) -> None:
+    for expert in (0, 2, 4):
+        ahead.step(0, [expert, expert + 1])
+    kept = ahead.there(0)
+    assert len(kept) == 6
+    for number in range(4):
+        ahead.step(0, [0, 1], guess=[2 * number, 2 * number + 1], ahead=6)
+    assert ahead.there(0) == kept
+    assert ahead.there(1) == [6, 7], "a later guess takes the place of an earlier one"
+
+
+def test_the_reserve_is_filled_up_again_when_a_guess_has_become_a_resident(ahead: Ahead) -> None:
+    for number in range(4):
+        ahead.step(0, [1, 2], guess=[2 * number, 2 * number + 1], ahead=6)
+        ahead.step(1, [2 * number, 2 * number + 1])
+    assert ahead.telemetry.guesses_used == 8
+    assert len(ahead.there(0)) + len(ahead.there(1)) <= 8
+
+
+def test_what_is_guessed_does_not_go(ahead: Ahead) -> None:
+    """The oldest experts are those that the next layer is expected to need: others go."""
+    ahead.step(1, [3, 4])
+    for expert in (0, 2):
+        ahead.step(0, [expert, expert + 1])
+    ahead.step(2, [1, 2])
+    ahead.step(0, [8, 9], guess=[3, 4])
+    assert ahead.there(1) == [3, 4] and 0 not in ahead.there(0)
+
+
+def test_a_guess_that_cannot_be_read_is_asked_for_again_when_it_is_needed(ahead: Ahead) -> None:
+    ahead.reader.fails = False
+    ahead.step(0, [1, 2], guess=[5, 6])
+    ahead.reader.fails = True
+    ahead.reader.release(6)
+    ahead.reader.fails = False
+    ahead.step(1, [5, 6])
+    assert {key.expert for _, key in ahead.kernels.computed if key.layer == 1} == {5, 6}
+    ahead.step(0, [1, 2], guess=[7, 8], ahead=6)
+    assert ahead.there(1) == [5, 6, 7, 8], "the slots of failed guesses are used again"
+
+
+def test_a_pass_that_ends_early_takes_its_guesses_along(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6], ahead=2)
+    ahead.kernels.guess = {2: [1, 2]}
+    ahead.cache.demand(1, [np.array([[5, 9]], np.int32)])
+    token = CancelToken()
+    token.cancel()
+    with pytest.raises(Cancelled):
+        ahead.cache.compute(1, token)
+    ahead.cache.restart()
+    assert not ahead.reader.requests and not ahead.reader.background
+    for number in range(5):  # no slot was lost
+        ahead.step(0, [number, number + 1], guess=[number, number + 1], ahead=6)
+
+
+def test_prompts_guess_nothing_and_drop_what_was_guessed(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6])
+    ahead.kernels.guess = {2: [1, 2]}
+    ahead.cache.demand(1, [np.array([[7, 8], [8, 9]], np.int32)])
+    assert not ahead.reader.background
+    ahead.reader.release(len(ahead.reader.requests))
+    ahead.cache.compute(1, None)
+    assert ahead.telemetry.guesses == 2
+
+
+steps = st.tuples(
+    st.lists(st.integers(0, EXPERTS - 1), min_size=USED, max_size=USED, unique=True),
+    st.lists(st.integers(0, EXPERTS - 1), max_size=5, unique=True),
+    st.integers(0, 15),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(tokens=st.lists(st.tuples(steps, steps, steps), max_size=8), reserve=st.integers(0, 4))
+def test_whatever_is_guessed_the_right_bytes_are_computed(tokens: list, reserve: int) -> None:
+    ahead = Ahead(num_slots=10, reserve=reserve)
+    for token in tokens:
+        for layer, (chosen, guess, idle) in enumerate(token):
+            ahead.kernels.computed = []
+            ahead.kernels.guess = {layer + 1: guess}
+            ahead.cache.demand(layer, [np.array([chosen], np.int32)])
+            ahead.reader.release(len(ahead.reader.requests))
+            ahead.cache.compute(layer, None)
+            assert Counter(ahead.kernels.computed) == Counter((0, ExpertKey(layer, e)) for e in chosen)
+            ahead.reader.release(min(idle, len(ahead.reader.background)))
+    ahead.cache.restart()
+    free, resident, guessed = len(ahead.bank._free), len(ahead.bank._resident), len(ahead.bank._guesses)
+    assert free + resident + guessed + len(ahead.bank._idle) == 10, "every slot is somewhere"
+    assert guessed + len(ahead.bank._idle) == ahead.bank._reserved <= reserve
+    ahead.slab.close()
+
+
+@pytest.mark.parametrize("name", EVICTION)
+def test_every_policy_serves_a_cache(name: str) -> None:
+    bench = Bench(7, policy=make_eviction(name, range(LAYERS), EXPERTS))
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        for layer in range(LAYERS):
+            bench.run(layer, [random.permutation(EXPERTS)[:USED]])
+    bench.slab.close()

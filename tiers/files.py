@@ -47,6 +47,11 @@ class File(Protocol):
         """Reads bypass the page cache; offset, length and address must then be multiples of `PAGE`."""
         ...
 
+    @property
+    def descriptor(self) -> int | None:
+        """Of the operating system, for reads that bypass `read_into`; None where they must not."""
+        ...
+
     def read_into(self, destination: memoryview, offset: int) -> int:
         """Reads at most `len(destination)` bytes; tells how many came, 0 at the end of the file. May raise OSError."""
         ...
@@ -83,6 +88,10 @@ class LocalFile:
         self._lock = threading.Lock()
         self._pinned = os.fstat(fd)
         self.nbytes = self._pinned.st_size
+
+    @property
+    def descriptor(self) -> int | None:
+        return self._fd if self.direct else None
 
     def read_into(self, destination: memoryview, offset: int) -> int:
         count = self._read_at(destination, offset)
@@ -158,13 +167,17 @@ def read_exactly(file: File, destination: memoryview, offset: int, needed: int) 
         except InterruptedError:
             continue
         except OSError as error:
-            raise _failure(file, offset, needed, got, error.strerror or str(error), error.errno) from error
+            raise read_failure(file, offset, needed, got, error) from error
         if start + count <= got:
-            raise _failure(file, offset, needed, got, f"the file ends early (it had {file.nbytes} bytes)", None)
+            ends_early = f"the file ends early (it had {file.nbytes} bytes)"
+            raise read_failure(file, offset, needed, got, ends_early)
         got = start + count
 
 
-def _failure(file: File, offset: int, needed: int, got: int, reason: str, number: int | None) -> StorageError:
+def read_failure(file: File, offset: int, needed: int, got: int, cause: OSError | str) -> StorageError:
+    """What to raise when `needed` bytes were wanted from `offset`, and `got` came."""
+    number = None if isinstance(cause, str) else cause.errno
+    reason = cause if isinstance(cause, str) else cause.strerror or (os.strerror(number) if number else str(cause))
     return StorageError(
         f"{file.path}: reading {needed} bytes at offset {offset} stopped after {got}: {reason}; "
         "check the disk and the file, then load the model again",

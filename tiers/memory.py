@@ -45,6 +45,7 @@ class FakeFile:
     """An open file of a `FakeStorage`, pinned to its version."""
 
     direct = False
+    descriptor = None
 
     def __init__(self, storage: FakeStorage, path: Path) -> None:
         self.path = path

@@ -73,6 +73,10 @@ class _Wrapped:
     def direct(self) -> bool:
         return self._inner.direct
 
+    @property
+    def descriptor(self) -> None:
+        """None: every read must come through `read_into`."""
+
     def read_into(self, destination: memoryview, offset: int) -> int:
         return self._inner.read_into(destination, offset)
 

@@ -14,6 +14,7 @@ import pytest
 from offload.blocks import Extent
 from offload.errors import Cancelled, ClosedError, StorageError
 from offload.tiers.base import CancelToken
+from offload.tiers.engines import AioEngine
 from offload.tiers.files import LocalStorage
 from offload.tiers.memory import FakeStorage, MemoryReader
 from offload.tiers.nvme import NvmeReader
@@ -114,6 +115,34 @@ class TestMemoryReader(ReaderContract):
 class TestNvmeReader(ReaderContract):
     def make(self, storage):
         return NvmeReader(storage, [A, B], WORKERS, read_bytes=2 * PAGE)
+
+
+class Disk(LocalStorage):
+    """Real files, in the working folder."""
+
+    def __init__(self, contents):
+        super().__init__()
+        for path, data in contents.items():
+            self.write(path, data)
+
+    def write(self, path, data):
+        path.write_bytes(data)
+
+
+class TestNativeReader(ReaderContract):
+    """The same, by the kernel's asynchronous reads."""
+
+    @pytest.fixture
+    def storage(self, contents, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        return Disk(contents)
+
+    def make(self, storage):
+        reader = NvmeReader(storage, [A, B], WORKERS, read_bytes=2 * PAGE)
+        if not isinstance(reader._engine, AioEngine):
+            reader.close()
+            pytest.skip("no native asynchronous reads here")
+        return reader
 
 
 @pytest.fixture
@@ -268,7 +297,7 @@ def test_reads_start_in_order_and_are_reported(build, slab, contents):
 @pytest.fixture
 def clock(monkeypatch):
     clock = VirtualClock()
-    monkeypatch.setattr("offload.tiers.nvme.perf_counter", clock.now)
+    monkeypatch.setattr("offload.tiers.requests.perf_counter", clock.now)
     return clock
 
 

@@ -138,10 +138,10 @@ class TorchBackend:
 
     def routed(self, batch: int, layer: int) -> Ints:
         """See `Backend.routed`."""
-        routed = self._ops[batch].routed.get(layer)
-        if routed is None:
+        experts = self._ops[batch].chosen.get(layer)
+        if experts is None:
             return np.empty((0, self._model.experts[layer].num_used), np.int32)
-        chosen: Ints = routed.experts.int().cpu().numpy()
+        chosen: Ints = experts.int().cpu().numpy()
         return chosen
 
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:

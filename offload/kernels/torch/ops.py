@@ -34,7 +34,7 @@ class TorchOps(Ops[torch.Tensor]):
         output_rows: int64, rows of the batch whose logits are asked for.
 
     Attributes:
-        routed: by layer, the choices whose experts have still to be computed.
+        routed: by layer, the choices whose experts have still to be computed. chosen: what was chosen, by layer.
         foreseen: by layer and how many layers before, all experts in the order in which they were guessed.
     """
 
@@ -47,6 +47,7 @@ class TorchOps(Ops[torch.Tensor]):
         self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._masks: dict[int | None, torch.Tensor] = {}
         self.routed: dict[int, Routed] = {}
+        self.chosen: dict[int, torch.Tensor] = {}
         self.foreseen: dict[tuple[int, int], torch.Tensor] = {}
 
     def linear(self, x: torch.Tensor, weight: str, bias: str | None = None) -> torch.Tensor:
@@ -125,6 +126,7 @@ class TorchOps(Ops[torch.Tensor]):
 
     def route(self, x: torch.Tensor, routing: Routing) -> None:
         self.routed[routing.layer] = choose(x, routing, self._weights)
+        self.chosen[routing.layer] = self.routed[routing.layer].experts
 
     def foresee(self, x: torch.Tensor, routing: Routing, ahead: int) -> None:
         self.foreseen[routing.layer, ahead] = rank(x, routing, self._weights)

@@ -1,0 +1,211 @@
+"""`offload trace`: records what routers decide, and replays policies against it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+from rich.table import Table
+
+from offload.cli.grouping import grouped
+from offload.cli.loading import open_engine
+from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument, QuietOption
+from offload.cli.progress import Bars, bars_wanted
+from offload.cli.run import read_prompt
+from offload.cli.text import output_console, user_path
+from offload.errors import StorageError, UsageError
+from offload.prefetch.locality import segment_cache_hit_rate, segment_routing_performance
+from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
+from offload.prefetch.replay import replay, whole
+from offload.prefetch.routing import RoutingTrace, effective_experts
+from offload.prefetch.trace_file import read_routing, write_routing
+from offload.tuning import save_tuning, trace_path, tune_by_replay
+from offload.units import format_size, parse_size
+
+if TYPE_CHECKING:
+    from offload.engine import Engine
+
+OPTIMUM: Final = "belady"
+_SHARES: Final = (0.1, 0.25, 0.5, 0.75)
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+PromptOption = Annotated[
+    str | None,
+    typer.Option("--prompt", "-p", help="The text. Left out: --file, else standard input.", show_default=False),
+]
+FileOption = Annotated[Path | None, typer.Option("--file", "-f", help="Read the text from a file.", show_default=False)]
+OutputOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--output", "-o", help="Where to write. Left out: where plan and chat look for it.", show_default=False
+    ),
+]
+AnswerTokensOption = Annotated[
+    int,
+    typer.Option("--max-tokens", "-n", min=0, help="Record the answer to a prompt too; 0: every token of a text."),
+]
+TraceArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A routing trace.", show_default=False)]
+RamOption = Annotated[
+    list[str] | None,
+    typer.Option("--ram", help="Memory for the whole process, such as 6GiB. May be repeated.", show_default=False),
+]
+CacheOption = Annotated[
+    list[float] | None,
+    typer.Option(
+        "--cache", help="Percent of the experts in memory. May be repeated.", min=0.1, max=100, show_default=False
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    typer.Option("--policy", help="A policy to replay. May be repeated. Left out: all.", show_default=False),
+]
+
+
+@app.command()
+@grouped
+def record(
+    load: LoadOptions,
+    model: ModelArgument = None,
+    prompt: PromptOption = None,
+    file: FileOption = None,
+    max_tokens: AnswerTokensOption = 0,
+    output: OutputOption = None,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Run a text through a model with experts and write down what its routers choose."""
+    del debug
+    text = read_prompt(prompt, file)
+    with Bars(enabled=bars_wanted(quiet=quiet)) as bars, open_engine(model, load, bars) as engine:
+        bars.update("recording", 0, None)
+        trace = record_in_parts(engine, text, max_tokens, origin=str(file) if file else "a prompt")
+        path = trace_path(trace.model) if output is None else user_path(output)
+        write_routing(path, trace)
+        lines = [f"{trace.num_tokens} tokens through {len(trace.layers)} layers, written to {path}"]
+        if output is None:
+            bars.update("replaying", 0, None)
+            lines.append(remember(trace, engine))
+        bars.stop()
+        for line in lines:
+            typer.echo(line)
+
+
+def record_in_parts(engine: Engine, text: str, max_tokens: int, origin: str) -> RoutingTrace:
+    """The routing of a prompt and its answer, or of a text of any length, by parts that the context holds.
+
+    Raises:
+        UsageError: the text has no tokens, or the model no experts.
+    """
+    if max_tokens:
+        return engine.record_routing(text, max_tokens=max_tokens, origin=origin)
+    tokens = engine.tokenize(text)
+    if not tokens:
+        raise UsageError("the text is empty: nothing to record")
+    parts = [
+        engine.record_routing(tokens[at : at + engine.ctx], origin=origin) for at in range(0, len(tokens), engine.ctx)
+    ]
+    return RoutingTrace.joined(parts)
+
+
+def remember(trace: RoutingTrace, engine: Engine) -> str:
+    """Lets plan and chat know what a replay finds best for this model and budget."""
+    plan = engine.plan
+    share = sum(plan.bank_slots) / sum(bank.num_experts for bank in plan.demand.banks)
+    tuning = tune_by_replay(trace, min(share, 0.9))
+    try:
+        save_tuning(trace.model, tuning)
+    except StorageError as error:
+        return f"not remembered: {error}"
+    return f"policy {tuning.policy} suits it best; plan predicts from this trace from now on"
+
+
+@app.command("replay")
+def replay_trace(
+    file: TraceArgument,
+    ram: RamOption = None,
+    cache: CacheOption = None,
+    policy: PolicyOption = None,
+    as_json: JsonOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Replay policies against a trace: hit rates and bytes per token, beside the optimum."""
+    del debug
+    unknown = [name for name in policy or () if name not in EVICTION]
+    if unknown:
+        raise UsageError(f"--policy {unknown[0]}: choose {', '.join(EVICTION)}")
+    trace = whole(read_routing(user_path(file)))
+    if trace.num_tokens < 2:
+        raise UsageError(f"{file}: {trace.num_tokens} tokens that reached all layers; record a longer text")
+    report = make_report(trace, sizes(trace, ram, cache), list(policy or EVICTION))
+    if as_json:
+        typer.echo(json.dumps(report))
+    else:
+        show(report)
+
+
+def sizes(trace: RoutingTrace, ram: list[str] | None, cache: list[float] | None) -> dict[str, dict[int, int]]:
+    """Slots by bank, for each memory size or share that was asked for.
+
+    Raises:
+        UsageError: a size leaves no room for experts.
+    """
+    found: dict[str, dict[int, int]] = {}
+    for size in ram or ():
+        left = parse_size(size) - trace.fixed_bytes
+        slots = trace.slots(max(0, left))
+        if min(slots.values()) < trace.num_used:
+            least = trace.fixed_bytes + trace.num_used * sum(
+                trace.slot_bytes[rows[0]] for rows in trace.rows_of_bank.values()
+            )
+            raise UsageError(f"--ram {size}: too little for this trace's model; it needs at least {format_size(least)}")
+        found[size] = slots
+    for percent in cache or ():
+        found[f"{percent:g}%"] = trace.share(percent / 100)
+    return found or {f"{share:.0%}": trace.share(share) for share in _SHARES}
+
+
+def make_report(trace: RoutingTrace, slots: dict[str, dict[int, int]], policies: list[str]) -> dict[str, Any]:
+    """Hit rate and bytes per token by size and policy, and figures of the trace itself."""
+    warm_up = min(128, trace.num_tokens // 4)
+    rows = []
+    for size, by_bank in slots.items():
+        for name in (*policies, OPTIMUM):
+            found = replay(trace, by_bank, EVICTION.get(name), warm_up=warm_up)
+            rows.append({
+                "size": size, "slots": sum(by_bank.values()), "policy": name, "hit_rate": found.hit_rate,
+                "bytes_per_token": found.nbytes / max(1, found.tokens),
+            })  # fmt: skip
+    long_enough = trace.num_tokens >= 16
+    return {
+        "origin": trace.origin, "tokens": trace.num_tokens, "layers": len(trace.layers),
+        "experts": trace.num_experts, "used": trace.num_used, "effective_experts": effective_experts(trace),
+        "segment_routing_performance": segment_routing_performance(trace) if long_enough else None,
+        "segment_cache_hit_rate": segment_cache_hit_rate(trace) if long_enough else None,
+        "default_policy": DEFAULT_EVICTION, "rows": rows,
+    }  # fmt: skip
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report for people."""
+    console = output_console()
+    console.print(
+        f"{report['tokens']} tokens, {report['layers']} layers, {report['used']} of {report['experts']} experts each; "
+        f"{report['effective_experts']:.1f} effectively in use"
+    )
+    if report["segment_routing_performance"] is not None:
+        console.print(
+            f"routing of 16 tokens in a row: SRP {report['segment_routing_performance']:.2f}, "
+            f"SCH at twice a token's experts {report['segment_cache_hit_rate']:.2f} (1 suits offloading, "
+            f"{report['used'] / report['experts']:.2f} is chance)"
+        )
+    table = Table("memory", "slots", "policy", "hit rate", "of the optimum", "read per token", box=None)
+    best = {row["size"]: row["hit_rate"] for row in report["rows"] if row["policy"] == OPTIMUM}
+    for row in report["rows"]:
+        share = row["hit_rate"] / best[row["size"]] if best[row["size"]] else 1.0
+        name = f"{row['policy']} (default)" if row["policy"] == report["default_policy"] else row["policy"]
+        cells = (row["size"], str(row["slots"]), name, f"{row['hit_rate']:.1%}", f"{share:.0%}")
+        table.add_row(*cells, format_size(row["bytes_per_token"]))
+    console.print(table)

@@ -1,0 +1,56 @@
+"""Memory for experts: what a model needs, how banks share it, and how often experts will be found there. Pure arithmetic."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+Curve = Sequence[tuple[float, float]]
+"""Shares of all experts that memory holds, ascending, between 0 and 1, and the hit rate at each."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BankDemand:
+    """Experts of one shape, of which a token needs a few.
+
+    Attributes:
+        slot_bytes: memory that one takes. expert_bytes: that are read for it.
+        num_experts: of all layers. least_slots: without which a token cannot be computed.
+        used: how many a token needs, of all layers.
+        curve: hit rates at shares of `num_experts` that memory holds, from a trace; empty when none is known.
+    """
+
+    slot_bytes: int
+    expert_bytes: int
+    num_experts: int
+    least_slots: int
+    used: int
+    curve: Curve = ()
+
+    def missed_bytes(self, slots: int) -> int:
+        """Bytes read for a token when memory holds `slots` of the experts."""
+        share = slots / self.num_experts
+        return round(self.used * (1 - interpolate(self.curve, share)) * self.expert_bytes)
+
+
+def least_bytes(banks: Sequence[BankDemand]) -> int:
+    """Memory without which a token cannot be computed."""
+    return sum(bank.slot_bytes * bank.least_slots for bank in banks)
+
+
+def share_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
+    """Shares memory among banks: what is left behind the least goes to all in proportion to what they could hold."""
+    left = available - least_bytes(banks)
+    wanted = sum(bank.slot_bytes * (bank.num_experts - bank.least_slots) for bank in banks)
+    share = min(1.0, left / wanted) if wanted else 1.0
+    return tuple(bank.least_slots + int((bank.num_experts - bank.least_slots) * share) for bank in banks)
+
+
+def interpolate(curve: Curve, share: float) -> float:
+    """The hit rate at any share; with no curve, that of experts that are all chosen equally often."""
+    points = [(0.0, 0.0), *curve, (1.0, 1.0)]
+    for (left, low), (right, high) in pairwise(points):
+        if share <= right:
+            return low + (high - low) * (share - left) / (right - left)
+    return 1.0

@@ -1,0 +1,151 @@
+"""What is known of one model's experts on this machine: the policy that suits it, and how often it will hit.
+
+Found by replaying a recorded trace, or by `offload tune`, which decodes for real. Kept by the model's fingerprint in the
+user's cache folder, beside the trace itself. A broken or foreign file counts as none: there are defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+from platformdirs import user_cache_path
+
+from offload.config import MAX_THREADS, Prefetch
+from offload.errors import StorageError
+from offload.machine import host_fingerprint
+from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
+from offload.prefetch.replay import replay
+from offload.prefetch.routing import RoutingTrace
+
+_FORMAT: Final = 1
+_FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
+CURVE_SHARES: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
+REPLAYED_TOKENS: Final = 768
+WARM_UP_TOKENS: Final = 128
+WORTHWHILE: Final = 0.005  # of the hit rate; below, the default stays
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What to use for a model.
+
+    Attributes:
+        policy: which expert makes room, by its name in `prefetch.policies`. prefetch: whether experts are read ahead.
+        workers: requests in flight; None for the default.
+        curve: hit rates by share of the experts that memory holds; empty when there is no trace.
+        by: how it was found. tokens: of the trace. origin: of the trace, for people.
+    """
+
+    policy: str = DEFAULT_EVICTION
+    prefetch: Prefetch = "auto"
+    workers: int | None = None
+    curve: tuple[tuple[float, float], ...] = ()
+    by: Literal["replay", "trial"] = "replay"
+    tokens: int = 0
+    origin: str = ""
+
+
+def load_tuning(model: str) -> Tuning | None:
+    """What was found for the model of this fingerprint on this machine, or None."""
+    try:
+        record = json.loads(tuning_path(model).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return _parse(record)
+
+
+def save_tuning(model: str, tuning: Tuning) -> Path:
+    """Writes in one step.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
+    path = tuning_path(model)
+    record = {"format": _FORMAT, "host": host_fingerprint(), **asdict(tuning)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(prefix=".tuning-", dir=path.parent)
+        try:
+            with os.fdopen(descriptor, "w") as file:
+                json.dump(record, file, indent=1)
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}", path=str(path), errno=error.errno) from error
+    return path
+
+
+def tuning_path(model: str) -> Path:
+    """Where it is kept."""
+    return _folder() / f"{_checked(model)}.json"
+
+
+def trace_path(model: str) -> Path:
+    """Where the model's trace is kept, unless the user names another place."""
+    return _folder() / f"{_checked(model)}.trace"
+
+
+def tune_by_replay(trace: RoutingTrace, share: float) -> Tuning:
+    """The policy with the best hit rate when memory holds this share of the experts, and its curve.
+
+    The default stays unless another is better by more than chance would have it.
+    """
+    rates = {name: hit_rate(trace, name, share) for name in EVICTION}
+    best = max(rates, key=lambda name: rates[name])
+    policy = best if rates[best] > rates[DEFAULT_EVICTION] + WORTHWHILE else DEFAULT_EVICTION
+    curve = tuple((part, hit_rate(trace, policy, part)) for part in CURVE_SHARES)
+    return Tuning(policy=policy, curve=curve, tokens=trace.num_tokens, origin=trace.origin)
+
+
+def hit_rate(trace: RoutingTrace, policy: str, share: float) -> float:
+    """Of the last tokens of a trace, when memory holds this share of its experts."""
+    recent = trace.last(REPLAYED_TOKENS)
+    return replay(
+        recent, recent.share(share), EVICTION[policy], warm_up=min(WARM_UP_TOKENS, recent.num_tokens // 4)
+    ).hit_rate
+
+
+def _folder() -> Path:
+    return user_cache_path("offload") / "experts"
+
+
+def _checked(model: str) -> str:
+    assert _FINGERPRINT.fullmatch(model), model
+    return model
+
+
+def _parse(record: Any) -> Tuning | None:
+    if not isinstance(record, dict) or record.pop("format", None) != _FORMAT:
+        return None
+    if record.pop("host", None) != host_fingerprint() or record.keys() != set(Tuning.__slots__):
+        return None
+    workers, curve = record["workers"], record["curve"]
+    sound = (
+        record["policy"] in EVICTION
+        and record["prefetch"] in get_args(Prefetch)
+        and (workers is None or (isinstance(workers, int) and 1 <= workers <= MAX_THREADS))
+        and record["by"] in ("replay", "trial")
+        and isinstance(record["tokens"], int)
+        and isinstance(record["origin"], str)
+        and _is_curve(curve)
+    )
+    return Tuning(**{**record, "curve": tuple((float(x), float(y)) for x, y in curve)}) if sound else None
+
+
+def _is_curve(curve: Any) -> bool:
+    if not isinstance(curve, list) or not all(isinstance(point, list) and len(point) == 2 for point in curve):
+        return False
+    numbers = [number for point in curve for number in point]
+    if not all(isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= 1 for number in numbers):
+        return False
+    shares = [point[0] for point in curve]
+    return shares == sorted(set(shares)) and all(0 < share < 1 for share in shares)
