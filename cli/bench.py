@@ -43,7 +43,10 @@ MarkdownOption = Annotated[bool, typer.Option("--markdown", help="Print the tabl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One test: medians over its runs. `disk_share` is of the probed bandwidth; both are None when nothing was read."""
+    """One test: medians over its runs. `disk_share` is of the probed bandwidth; both are None when nothing was read.
+
+    `bytes_per_token` is what was read; `hit_rate` and `misses_per_token` are of experts, None where all are in memory.
+    """
 
     test: str
     tokens_per_second: float
@@ -51,6 +54,10 @@ class Row:
     disk_bps: float | None
     disk_share: float | None
     resident: float
+    bytes_per_token: float
+    bound: str
+    hit_rate: float | None = None
+    misses_per_token: float | None = None
 
 
 @grouped
@@ -109,15 +116,20 @@ def measure(engine: Engine, n_prompt: int, n_gen: int, repetitions: int, limit_b
             prompt = [(7 * place + run + 1) % 256 for place in range(prompt_tokens)]
             completions.append(engine.generate(prompt, max_tokens=max_tokens, temperature=0.0, ignore_eos=True))
             bars.update(name, run + 1, repetitions + 1)
-        rows.append(summarize(name, completions[1:], speed, limit_bps, engine.plan.model_bytes))
+        tokens, bound = prompt_tokens + max_tokens - 1, engine.statistics().bound
+        rows.append(
+            summarize(name, completions[1:], speed, limit_bps, engine.plan.model_bytes, tokens=tokens, bound=bound)
+        )
     bars.stop()
     return rows
 
 
 def summarize(
-    name: str, completions: list[Completion], speed: Callable[[Completion], float], limit_bps: float, model_bytes: int
-) -> Row:
-    """Medians of the measured runs."""
+    name: str, completions: list[Completion], speed: Callable[[Completion], float], limit_bps: float, model_bytes: int,
+    *, tokens: int, bound: str,
+) -> Row:  # fmt: skip
+    """Medians of the measured runs, each of so many tokens."""
+    experts = [run.experts for run in completions if run.experts is not None]
     runs = tuple(speed(completion) for completion in completions)
     uses = [use for completion in completions if (use := disk_use(completion.io)) is not None]
     disk_bps = median(use.bandwidth_bps for use in uses) if uses else None
@@ -128,6 +140,10 @@ def summarize(
         disk_bps=disk_bps,
         disk_share=disk_bps / limit_bps if disk_bps is not None else None,
         resident=resident_share(completions[-1].residency, model_bytes),
+        bytes_per_token=median(sum(use.bytes for use in run.io.values()) / tokens for run in completions),
+        bound=bound,
+        hit_rate=median(use.hit_rate for use in experts) if experts else None,
+        misses_per_token=median(use.misses for use in experts) / tokens if experts else None,
     )
 
 
@@ -136,7 +152,19 @@ def write_report(report: dict[str, Any], rows: list[Row], *, as_json: bool, mark
     if as_json:
         typer.echo(json.dumps(report))
         return
-    header = ("model", "size", "memory", "test", "tokens/s", "disk", "of its limit", "resident")
+    header = (
+        "model",
+        "size",
+        "memory",
+        "test",
+        "tokens/s",
+        "disk",
+        "of its limit",
+        "resident",
+        "experts hit",
+        "read a token",
+        "bound",
+    )
     sizes = (format_size(report["model_bytes"]), format_size(report["budget_bytes"]))
     cells = [(str(report["model"]), *sizes, *_cells(row)) for row in rows]
     if markdown:
@@ -153,4 +181,8 @@ def write_report(report: dict[str, Any], rows: list[Row], *, as_json: bool, mark
 def _cells(row: Row) -> tuple[str, ...]:
     disk = "-" if row.disk_bps is None else format_rate(row.disk_bps)
     share = "-" if row.disk_share is None else f"{row.disk_share:.0%}"
-    return row.test, f"{row.tokens_per_second:.2f}", disk, share, f"{row.resident:.0%}"
+    hits = "-" if row.hit_rate is None else f"{row.hit_rate:.0%}, {row.misses_per_token:.0f} misses a token"
+    return (
+        row.test, f"{row.tokens_per_second:.2f}", disk, share, f"{row.resident:.0%}", hits,
+        format_size(row.bytes_per_token), row.bound,
+    )  # fmt: skip

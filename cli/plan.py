@@ -91,7 +91,13 @@ def show(plan: Plan, console: Console) -> None:
 def verdict(plan: Plan) -> Iterator[str]:
     """What moves, how fast that is, what bounds it, and what would help."""
     if plan.missed_bytes:
-        yield f"Experts are counted as if all were chosen equally often: {format_size(plan.missed_bytes)} missed per token"
+        known = any(bank.curve for bank in plan.demand.banks)
+        how = (
+            "as often found in memory as in the recorded trace"
+            if known
+            else "counted as if all were chosen equally often"
+        )
+        yield f"Experts are {how}: {format_size(plan.missed_bytes)} missed per token"
     for edge, bandwidth_bps in plan.edges.items():
         yield f"{edge}: {_moved(plan, bandwidth_bps)}"
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"

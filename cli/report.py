@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
-from offload.results import Completion, EdgeUse, Statistics, TierUse
+from offload.results import Completion, EdgeUse, ExpertUse, Statistics, TierUse
 from offload.units import format_duration, format_rate, format_size
 
 
@@ -28,7 +29,13 @@ def completion_json(completion: Completion) -> dict[str, Any]:
             tier: {"bytes": use.bytes, "hit_rate": use.hit_rate} for tier, use in completion.residency.items()
         },
         "peak_rss_bytes": completion.peak_rss_bytes,
+        **({} if completion.experts is None else {"experts": expert_json(completion.experts)}),
     }
+
+
+def expert_json(use: ExpertUse) -> dict[str, Any]:
+    """How experts came."""
+    return {**asdict(use), "hit_rate": use.hit_rate}
 
 
 def io_json(io: Mapping[str, EdgeUse]) -> dict[str, Any]:
@@ -49,6 +56,8 @@ def completion_line(completion: Completion) -> str:
     disk = disk_use(completion.io)
     if disk is not None:
         parts.append(f"{format_size(disk.bytes)} from disk at {format_rate(disk.bandwidth_bps)}")
+    if completion.experts is not None:
+        parts.append(f"experts {completion.experts.hit_rate:.0%} hit")
     parts.append(f"peak {format_size(completion.peak_rss_bytes)}")
     return " · ".join(parts)
 
@@ -80,6 +89,12 @@ def statistics_lines(statistics: Statistics, model_bytes: int) -> list[str]:
     for tier, tier_use in statistics.residency.items():
         lines.append(
             f"{tier}: {format_size(tier_use.bytes)} of weights, {tier_use.hit_rate:.0%} of demands found there"
+        )
+    if statistics.experts is not None:
+        experts = statistics.experts
+        lines.append(
+            f"experts: {experts.demanded} chosen, {experts.hit_rate:.0%} of them in memory; "
+            f"{experts.fetched_ahead} read ahead, {_share(experts.used_ahead, experts.fetched_ahead)} of these needed"
         )
     share = resident_share(statistics.residency, model_bytes)
     lines.append(f"{share:.0%} of the weights resident, {statistics.kv_tokens} tokens in the KV cache")

@@ -6,10 +6,11 @@ import time
 from typing import TYPE_CHECKING
 
 from offload.cli.report import disk_use, resident_share
-from offload.units import format_duration, format_rate
+from offload.units import format_duration, format_rate, format_size
 
 if TYPE_CHECKING:
     from offload.engine import Engine
+    from offload.results import Statistics
 
 
 class StatusLine:
@@ -22,12 +23,14 @@ class StatusLine:
         self._tokens = 0
         before = disk_use(engine.statistics().io)
         self._before_bytes, self._before_s = (before.bytes, before.busy_s) if before else (0, 0.0)
+        self._first: Statistics | None = None
 
     def count(self, tokens: int) -> None:
         """`tokens` more have arrived."""
         self._tokens += tokens
         if self._first_s is None:
             self._first_s = time.monotonic()
+            self._first = self._engine.statistics()
 
     def prefill(self, done: int, total: int) -> str:
         """While the prompt is read."""
@@ -42,9 +45,20 @@ class StatusLine:
         if disk is not None and disk.busy_s > self._before_s:
             rate = (disk.bytes - self._before_bytes) / (disk.busy_s - self._before_s)
             parts.append(f"disk {format_rate(rate)}")
+        parts += self._experts(statistics)
         parts.append(f"{resident_share(statistics.residency, self._engine.plan.model_bytes):.0%} resident")
         parts.append(f"bound by {statistics.bound}")
         return " · ".join(parts)
+
+    def _experts(self, now: Statistics) -> list[str]:
+        """What tokens since the first one found in memory, and what they had to have read."""
+        before, tokens = self._first, self._tokens - 1
+        if now.experts is None or before is None or before.experts is None or tokens < 1:
+            return []
+        use = now.experts.since(before.experts)
+        nbytes = sum(edge.bytes for edge in now.io.values()) - sum(edge.bytes for edge in before.io.values())
+        per_token = f"{use.misses / tokens:.0f} misses and {format_size(nbytes / tokens)} a token"
+        return [f"experts {use.hit_rate:.0%} hit, {per_token}"]
 
     def _speed(self) -> str:
         if self._first_s is None or self._tokens < 2:

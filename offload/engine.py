@@ -25,7 +25,7 @@ from offload.opening import Progress
 from offload.plan import Plan
 from offload.prefetch.routing import RoutingTrace
 from offload.recording import finish, recording
-from offload.results import Chunk, Completion, EdgeUse, Statistics, TierUse, Timings
+from offload.results import Chunk, Completion, EdgeUse, ExpertUse, Statistics, TierUse, Timings
 from offload.runtime import Driver, Stream, iterate
 from offload.tiers.base import CancelToken
 from offload.tiers.files import Storage
@@ -256,6 +256,7 @@ class Engine:
             kv_tokens=len(self._decoder),
             rss_bytes=memory.rss,
             peak_rss_bytes=peak_rss(memory.rss),
+            experts=_experts(self._open_runner),
         )
 
     def write_trace(self, path: str | Path) -> None:
@@ -325,19 +326,21 @@ class Engine:
     ) -> Completion:  # fmt: skip
         self._check()
         runner = self._open_runner  # the one that answers, even if `close` is called meanwhile
-        before = _io(runner)
+        before, experts = _io(runner), _experts(runner)
         runner.backend.set_cancel(cancel)
         try:
             answer = self._guard(lambda: generate(self._decoder, runner, tokens, request, cancel, emit, on_prefill))
         finally:
             runner.backend.set_cancel(None)
-        return self._completion(runner, answer, before)
+        return self._completion(runner, answer, before, experts)
 
-    def _completion(self, runner: Runner, answer: Answer, before: Mapping[str, EdgeUse]) -> Completion:
+    def _completion(
+        self, runner: Runner, answer: Answer, before: Mapping[str, EdgeUse], experts_before: ExpertUse | None
+    ) -> Completion:
         first = answer.first_token_s or answer.ended_s
         prefill_s, decode_s = first - answer.started_s, answer.ended_s - first
         computed = answer.prompt_tokens - answer.cached_tokens
-        after = _io(runner)
+        after, experts = _io(runner), _experts(runner)
         return Completion(
             text=answer.text,
             tokens=tuple(answer.tokens),
@@ -357,6 +360,7 @@ class Engine:
             },
             residency=_residency(runner),
             peak_rss_bytes=peak_rss(self._process.memory_info().rss),
+            experts=None if experts is None or experts_before is None else experts.since(experts_before),
         )
 
     def _tokens(self, prompt: Prompt) -> list[int]:
@@ -387,6 +391,10 @@ class Engine:
 
 def _io(runner: Runner) -> dict[str, EdgeUse]:
     return {"nvme->ram": runner.reader.statistics()}
+
+
+def _experts(runner: Runner) -> ExpertUse | None:
+    return runner.telemetry.experts if runner.fetches_experts else None
 
 
 def _residency(runner: Runner) -> dict[str, TierUse]:

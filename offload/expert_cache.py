@@ -78,14 +78,14 @@ class ExpertCache:
         passing = sum(len(choice) for choice in choices) > 1
         self._land_ahead()
         guesses = [] if passing or not self._governor.allows else self._guesses(layer)
-        claimed = [bank.claim(key) for key in needed]
+        claimed = sum([bank.claim(key) for key in needed])
         flights = self._promote(needed)
         missing = deque(sorted(key for key in needed if bank.slot(key) is None and key not in flights))
         if not passing:
             bank.chosen(layer, [key.expert for key in needed])
         self._telemetry.experts_demanded += len(needed)
-        self._telemetry.experts_hit += len(needed) - len(missing) - len(flights)
-        self._telemetry.guesses_used += sum(claimed) + len(flights)
+        self._telemetry.experts_hit += len(needed) - len(missing) - len(flights) - claimed
+        self._telemetry.guesses_used += claimed + len(flights)
         self._current = _Layer(needed, {*needed, *guesses}, deque(flights.values()), missing, passing)
         self._start(bank, layer)
         if guesses:

@@ -57,6 +57,7 @@ class Runner:
         self.backend: Backend = place.backend
         self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry, place.experts)
         self._own_foresight = place.foresight
+        self._fetches_experts = place.experts is not None
         self._lending = self._lend(place.idle, residency)
         self.lend(1)  # nothing is in use yet; a prompt takes what it needs
 
@@ -64,6 +65,11 @@ class Runner:
     def lent_bytes(self) -> int:
         """Bytes of streamed weights that idle memory holds now."""
         return 0 if self._lending is None else self._lending.nbytes
+
+    @property
+    def fetches_experts(self) -> bool:
+        """Whether experts come and go."""
+        return self._fetches_experts
 
     def make_room(self, positions: int, pass_tokens: int) -> None:
         """See `Lending.make_room`."""

@@ -40,6 +40,40 @@ class TierUse:
     hit_rate: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertUse:
+    """Experts that tokens chose, by how they came.
+
+    Attributes:
+        demanded: chosen. hits: of these, in memory since an earlier token.
+        fetched_ahead: read before they were known to be needed. used_ahead: of these, needed then.
+    """
+
+    demanded: int
+    hits: int
+    fetched_ahead: int
+    used_ahead: int
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the chosen that was in memory since an earlier token."""
+        return self.hits / self.demanded if self.demanded else 1.0
+
+    @property
+    def misses(self) -> int:
+        """Chosen experts that had to be read, ahead of need or on demand."""
+        return self.demanded - self.hits
+
+    def since(self, earlier: ExpertUse) -> ExpertUse:
+        """What came to it after `earlier`."""
+        return ExpertUse(
+            demanded=self.demanded - earlier.demanded,
+            hits=self.hits - earlier.hits,
+            fetched_ahead=self.fetched_ahead - earlier.fetched_ahead,
+            used_ahead=self.used_ahead - earlier.used_ahead,
+        )
+
+
 class Alternative(NamedTuple):
     """A token that could have been chosen, with its natural-log probability before sampling filters."""
 
@@ -67,7 +101,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """A finished answer and how it was made. `tokens` are the generated ids, the end-of-text token excluded."""
+    """A finished answer and how it was made. `tokens` are the generated ids, the end-of-text token excluded.
+
+    `experts` is None where the model has none, or all of them are always in memory.
+    """
 
     text: str
     tokens: tuple[int, ...]
@@ -79,6 +116,7 @@ class Completion:
     io: Mapping[str, EdgeUse]
     residency: Mapping[str, TierUse]
     peak_rss_bytes: int
+    experts: ExpertUse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,3 +141,4 @@ class Statistics:
     kv_tokens: int
     rss_bytes: int
     peak_rss_bytes: int
+    experts: ExpertUse | None = None

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Final, NamedTuple
 
+from offload.results import ExpertUse
+
 TIMELINE_EVENTS: Final = 1_000_000  # about 100 MB of events at the very most; the oldest go first
 
 
@@ -25,7 +27,8 @@ class Telemetry:
     """Totals since the engine was loaded.
 
     Attributes:
-        demands, hits: of blocks, and those that were found in memory. experts_demanded, experts_hit: the same of experts.
+        demands, hits: of blocks, and those that were found in memory.
+        experts_demanded, experts_hit: of experts, and those that memory held from earlier tokens.
         guesses, guesses_used: experts that were read ahead, and those that were then needed.
     """
 
@@ -62,6 +65,16 @@ class Telemetry:
     def other_s(self) -> float:
         """Time of passes that was neither kernels nor waits: Python."""
         return max(0.0, self.pass_s - self.compute_s - self.wait_s)
+
+    @property
+    def experts(self) -> ExpertUse:
+        """The same as a record."""
+        return ExpertUse(
+            demanded=self.experts_demanded,
+            hits=self.experts_hit,
+            fetched_ahead=self.guesses,
+            used_ahead=self.guesses_used,
+        )
 
     @property
     def hit_rate(self) -> float:

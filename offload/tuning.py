@@ -29,7 +29,6 @@ _FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 CURVE_SHARES: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 REPLAYED_TOKENS: Final = 768
 WARM_UP_TOKENS: Final = 128
-WORTHWHILE: Final = 0.005  # of the hit rate; below, the default stays
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +96,13 @@ def trace_path(model: str) -> Path:
 def tune_by_replay(trace: RoutingTrace, share: float) -> Tuning:
     """The policy with the best hit rate when memory holds this share of the experts, and its curve.
 
-    The default stays unless another is better by more than chance would have it.
+    The default stays unless another is better by more than two standard errors of what so many demands can tell.
     """
     rates = {name: hit_rate(trace, name, share) for name in EVICTION}
     best = max(rates, key=lambda name: rates[name])
-    policy = best if rates[best] > rates[DEFAULT_EVICTION] + WORTHWHILE else DEFAULT_EVICTION
+    demands = min(trace.num_tokens, REPLAYED_TOKENS) * len(trace.layers) * trace.num_used
+    by_chance = 2 * math.sqrt(rates[best] * (1 - rates[best]) / demands)
+    policy = best if rates[best] > rates[DEFAULT_EVICTION] + by_chance else DEFAULT_EVICTION
     curve = tuple((part, hit_rate(trace, policy, part)) for part in CURVE_SHARES)
     return Tuning(policy=policy, curve=curve, tokens=trace.num_tokens, origin=trace.origin)
 

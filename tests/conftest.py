@@ -20,5 +20,6 @@ def _known_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         host=host_fingerprint(), disks_bps={device_id(tmp_path): 1e9}, ram_bps=2e10, kernel_bps={"F32": 1e10, "Q4_1": 1e10},
         measured_at="2026-01-01T00:00:00Z",
     )  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("offload.rates.load_machine", lambda: profile)
     monkeypatch.setattr("offload.rates.save_machine", lambda _: None)

@@ -1,12 +1,14 @@
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 from support.fake_engine import IO
 
-from offload.cli.bench import summarize
+from offload.cli.bench import _cells, summarize
 from offload.errors import StorageError
+from offload.results import EdgeUse, ExpertUse
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +39,7 @@ def test_no_run_repeats_the_prompt_of_another(invoke, engine_module, model):
 def test_markdown_and_terminal_tables_hold_the_same(invoke, engine_module, model):
     markdown = invoke("bench", model, "--markdown", "-r", 1, "-p", 0).stdout.splitlines()
     assert markdown[0].startswith("| model |") and markdown[1].startswith("| --- |")
-    assert "| tg32 | 5.40 | 1.61 GB/s | 50% | 25% |" in markdown[2]
+    assert "| tg32 | 5.40 | 1.61 GB/s | 50% | 25% | - |" in markdown[2]
     table = invoke("bench", model, "-r", 1, "-p", 0).stdout
     assert "tg32" in table and "50%" in table and "pp512" not in table
 
@@ -49,6 +51,15 @@ def test_a_trace_that_fails_at_the_end_costs_no_report(invoke, engine_module, mo
     assert "tg32" in result.stdout and (result.exit_code, result.stderr) == (1, "offload: error: no space\n")
 
 
+def test_a_model_with_experts_tells_how_they_came(fake):
+    completion = fake.generate("x")
+    use = ExpertUse(demanded=400, hits=300, fetched_ahead=80, used_ahead=70)
+    run = replace(completion, experts=use, io={"nvme->ram": EdgeUse(bytes=5000, busy_s=1.0)})
+    row = summarize("tg10", [run], lambda c: 1.0, 1e9, 1024**3, tokens=10, bound="disk")
+    assert (row.hit_rate, row.misses_per_token, row.bytes_per_token) == (0.75, 10.0, 500.0)
+    assert _cells(row)[-3:] == ("75%, 10 misses a token", "500 B", "disk")
+
+
 def test_nothing_to_measure_is_bad_usage(invoke, engine_module, model):
     assert invoke("bench", model, "-p", 0, "-n", 0).exit_code == 2
     assert "give 2 or more" in invoke("bench", model, "-n", 1).stderr
@@ -57,5 +68,6 @@ def test_nothing_to_measure_is_bad_usage(invoke, engine_module, model):
 def test_a_resident_model_has_no_disk_share(fake):
     completion = fake.generate("x")
     resident = type(completion)(**{name: getattr(completion, name) for name in completion.__slots__} | {"io": {}})
-    row = summarize("tg1", [resident], lambda c: c.timings.decode_tps, 1e9, 1024**3)
+    row = summarize("tg1", [resident], lambda c: c.timings.decode_tps, 1e9, 1024**3, tokens=1, bound="compute")
+    assert (row.bytes_per_token, row.hit_rate, row.bound) == (0, None, "compute")
     assert row.disk_bps is None and row.disk_share is None and row.resident == 1.0

@@ -1,0 +1,156 @@
+"""What is remembered of a model: written in one step, believed only when sound, and found by a replay."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from offload.bank_plan import BankDemand, interpolate, least_bytes, share_slots
+from offload.errors import BackendError, StorageError
+from offload.prefetch.policies import DEFAULT_EVICTION
+from offload.prefetch.synthetic import skewed, uniform
+from offload.trials import LEAST_GAIN, Attempt, Sample, compare, search
+from offload.tuning import CURVE_SHARES, Tuning, hit_rate, load_tuning, save_tuning, trace_path, tune_by_replay
+
+MODEL = "0123456789abcdef"
+TUNING = Tuning(
+    policy="lfu", prefetch="off", workers=5, curve=((0.1, 0.2), (0.5, 0.9)), by="trial", tokens=7, origin="x"
+)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("offload.tuning.user_cache_path", lambda name: tmp_path / name)
+    return tmp_path
+
+
+def test_what_was_found_is_found_again() -> None:
+    assert load_tuning(MODEL) is None
+    path = save_tuning(MODEL, TUNING)
+    assert load_tuning(MODEL) == TUNING
+    assert [file.name for file in path.parent.iterdir()] == [f"{MODEL}.json"]
+    assert trace_path(MODEL).parent == path.parent
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("policy", "best"), ("prefetch", "maybe"), ("workers", 0), ("workers", "4"), ("by", "guess"), ("tokens", "9"),
+        ("origin", 3), ("format", 0), ("host", "another"), ("curve", [[0.5, 0.9], [0.1, 0.2]]), ("curve", [[0.1, 1.2]]),
+        ("curve", [[0.1]]), ("curve", [[1.0, 1.0]]), ("curve", "x"), ("more", 1),
+    ],
+)  # fmt: skip
+def test_what_makes_no_sense_counts_as_nothing(name: str, value: object) -> None:
+    path = save_tuning(MODEL, TUNING)
+    record = json.loads(path.read_text())
+    path.write_text(json.dumps(record | {name: value}))
+    assert load_tuning(MODEL) is None
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff" * 9])
+def test_a_broken_file_counts_as_nothing(content: bytes) -> None:
+    save_tuning(MODEL, TUNING).write_bytes(content)
+    assert load_tuning(MODEL) is None
+
+
+def test_a_folder_that_cannot_be_written_is_named(cache: Path) -> None:
+    (cache / "offload").write_text("in the way")
+    with pytest.raises(StorageError, match=r"cannot write .*\.json"):
+        save_tuning(MODEL, TUNING)
+
+
+def test_the_default_stays_where_nothing_is_better() -> None:
+    tuning = tune_by_replay(uniform(400, 3, 16, 2), 0.3)
+    assert tuning.policy == DEFAULT_EVICTION
+    assert [share for share, _ in tuning.curve] == list(CURVE_SHARES)
+    for share, rate in tuning.curve:
+        assert rate == pytest.approx(share, abs=0.05)
+
+
+def test_another_policy_is_taken_where_it_is_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.tuning.DEFAULT_EVICTION", "lru")
+    trace = skewed(600, 3, 32, 4)
+    tuning = tune_by_replay(trace, 0.25)
+    assert tuning.policy != "lru"
+    assert hit_rate(trace, tuning.policy, 0.25) > hit_rate(trace, "lru", 0.25) + 0.05
+
+
+@pytest.mark.parametrize(("share", "rate"), [(0.0, 0.0), (0.05, 0.2), (0.1, 0.4), (0.3, 0.65), (0.5, 0.9), (1.0, 1.0)])
+def test_hit_rates_between_what_was_replayed_are_interpolated(share: float, rate: float) -> None:
+    assert interpolate(((0.1, 0.4), (0.5, 0.9)), share) == pytest.approx(rate)
+    assert interpolate((), share) == pytest.approx(share)
+
+
+def test_banks_share_memory_in_proportion_to_what_they_could_hold() -> None:
+    small = BankDemand(slot_bytes=10, expert_bytes=9, num_experts=20, least_slots=2, used=4)
+    large = BankDemand(slot_bytes=20, expert_bytes=19, num_experts=40, least_slots=2, used=8, curve=((0.5, 0.75),))
+    assert least_bytes((small, large)) == 60
+    assert share_slots((small, large), 60) == (2, 2)
+    assert share_slots((small, large), 60 + 470) == (11, 21)
+    assert share_slots((small, large), 10**6) == (20, 40)
+    assert share_slots((), 100) == ()
+    assert small.missed_bytes(5) == 4 * 9 * 3 // 4
+    assert large.missed_bytes(20) == 8 * 19 // 4
+
+
+# ---- trials
+
+
+class Machine:
+    """Decodes at the speed that a tuning has here, and notes what was measured."""
+
+    def __init__(self, **speeds: float) -> None:
+        self.speeds = speeds
+        self.measured: list[Tuning] = []
+        self.tokens = (1, 2, 3)
+
+    def measure(self, tuning: Tuning) -> Sample:
+        self.measured.append(tuning)
+        speed = self.speeds.get(tuning.policy, 1.0) * self.speeds.get(tuning.prefetch, 1.0)
+        return Sample(self.tokens, speed * self.speeds.get(f"workers_{tuning.workers}", 1.0))
+
+
+def run(machine: Machine) -> tuple[Tuning, list[Attempt]]:
+    return search(uniform(300, 2, 16, 2), 0.3, machine.measure)
+
+
+def test_only_what_is_faster_both_times_is_kept() -> None:
+    machine = Machine(on=1.2, off=0.8, workers_3=1.02, workers_12=1.1)
+    best, attempts = run(machine)
+    assert (best.prefetch, best.workers, best.by) == ("on", 12, "trial")
+    assert {attempt.name: attempt.kept for attempt in attempts} == {
+        "prefetch on": True, "prefetch off": False, "3 requests in flight": False, "12 requests in flight": True,
+    }  # fmt: skip
+    assert best.curve and best.tokens == 300
+
+
+def test_a_gain_that_does_not_come_back_is_not_kept() -> None:
+    ours, theirs, order = Tuning(), Tuning(policy="lfu"), []
+    speeds = iter([1.0, 1.1, 1.1, 1.0, 1.0, 1.0, 1.0, 1.0])
+
+    def measure(tuning: Tuning) -> Sample:
+        order.append(tuning)
+        return Sample((1,), next(speeds))
+
+    gains = compare(ours, theirs, measure)
+    assert gains[0] > LEAST_GAIN > gains[1]
+    assert order == [ours, theirs, theirs, ours, theirs, ours, ours, theirs]
+
+
+def test_what_loses_at_once_is_not_measured_again() -> None:
+    machine = Machine(lfu=0.5)
+    assert len(compare(Tuning(), Tuning(policy="lfu"), machine.measure)) == 1
+    assert len(machine.measured) == 4
+
+
+def test_other_tokens_end_the_search() -> None:
+    machine = Machine()
+
+    def measure(tuning: Tuning) -> Sample:
+        machine.tokens = (1, 2, 3) if tuning.prefetch == "auto" else (1, 2, 4)
+        return machine.measure(tuning)
+
+    with pytest.raises(BackendError, match="different tokens"):
+        search(uniform(300, 2, 16, 2), 0.3, measure)
