@@ -5,7 +5,7 @@ A `Placed` is the outcome: a backend whose pinned matrices are in place, and the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
@@ -65,6 +65,11 @@ class Place(Protocol):
         ...
 
     @property
+    def banks(self) -> Sequence[ExpertBank]:
+        """What it brings them into, in the plan's order."""
+        ...
+
+    @property
     def foresight(self) -> Foresight:
         """What passes guess for it, after `fill`."""
         ...
@@ -76,6 +81,7 @@ class _Host:
 
     stack: ExitStack
     foresight: Foresight = field(default_factory=Foresight)
+    banks: list[ExpertBank] = field(default_factory=list)
 
     def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
         slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
@@ -102,12 +108,15 @@ class _Host:
         guesses = config.prefetch != "off" and _routers_stay(model, plan)
         banks: dict[int, ExpertBank] = {}
         first: list[ExpertKey] = []
-        for spec, num_slots in zip(expert_banks(model), plan.bank_slots, strict=True):
+        for spec, num_slots, most in zip(expert_banks(model), plan.bank_slots, plan.bank_slots_at(0), strict=True):
             is_resident = in_pass and num_slots == spec.num_experts
             reserve = _reserve(spec, num_slots) if guesses and not is_resident else 0
             policy = make_eviction(config.expert_policy, [layer.layer for layer in spec.layers], spec.experts_per_layer)
-            slab = self.slab(num_slots * spec.stride)
+            slab = self.slab(most * spec.stride, prefault=most == num_slots)
+            if most > num_slots:
+                slab.populate(0, align_up(num_slots * spec.stride))
             bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve)
+            self.banks.append(bank)
             before = 0
             for layer in spec.layers:
                 place = bank.place(layer.layer)
@@ -178,7 +187,7 @@ class HostPlace:
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         # a huge page would bring more of the cache into use than a bucket
-        lends = plan.on_loan(0) > 0
+        lends = plan.lends
         cache = self._host.slab(plan.kv_bytes, huge_pages=not lends, prefault=not lends)
         self.backend.place_cache(cache.address)
         self._cache = cache if lends else None
@@ -210,6 +219,10 @@ class HostPlace:
             ranges.append(Range(start + first * nbytes, (last - first) * nbytes))
             start += buckets * nbytes
         return ranges
+
+    @property
+    def banks(self) -> Sequence[ExpertBank]:
+        return self._host.banks
 
     @property
     def foresight(self) -> Foresight:
@@ -282,6 +295,10 @@ class DevicePlace:
     @property
     def idle(self) -> None:
         """Nothing: cache and workspace are on the device."""
+
+    @property
+    def banks(self) -> Sequence[ExpertBank]:
+        return self._host.banks
 
     @property
     def foresight(self) -> Foresight:

@@ -41,8 +41,8 @@ READ_WORKERS: Final = 2
 """Requests in flight. More share the bandwidth, so that all their blocks arrive late and at once: on a small
 ring the disk then idles a tenth of the time, with two not at all. One leaves a gap between requests: 5% less bandwidth."""
 EXPERT_READ_WORKERS: Final = 6
-"""The same for models with experts, whose requests are smaller: 0.9 MB at a time came at 2.6 GB/s one by one, 3.1 by two, 3.5 by
-six, and no faster by more."""
+"""The same for models with experts, whose requests are smaller: 0.9 MB at a time came at 2.6 GB/s one by one, at 3.1 by two,
+at 3.5 by six, and no faster by more."""
 GUESSED_EXPERTS: Final = 6  # of the next layer, read ahead while the disk idles
 RESERVED_SLOTS: Final = 8  # that guesses are read into, at most a quarter of a bank
 HEAD_PART_BYTES: Final = 64 * MIB  # the output matrix is computed in parts of at most this size

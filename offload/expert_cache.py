@@ -75,7 +75,7 @@ class ExpertCache:
             StorageError: a file has shrunk.
         """
         bank, needed = self._banks[layer], _union(layer, choices)
-        passing = sum(len(choice) for choice in choices) > 1
+        passing = sum(len(choice) for choice in choices) != 1
         self._land_ahead()
         guesses = [] if passing or not self._governor.allows else self._guesses(layer)
         claimed = sum([bank.claim(key) for key in needed])
@@ -112,6 +112,11 @@ class ExpertCache:
     def passed(self, seconds: float) -> None:
         """A pass of one token took so long."""
         self._governor.passed(seconds)
+
+    def settle(self) -> None:
+        """Nothing is on its way into a slot any more. Between passes."""
+        assert self._current is None
+        self.restart()
 
     def restart(self) -> None:
         """Forgets the choice at hand and what is on its way."""

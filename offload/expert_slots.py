@@ -18,7 +18,8 @@ from offload.expert_bank import BankSpec
 from offload.kernels.batch import ExpertPlace
 from offload.prefetch.eviction import Eviction
 from offload.tiers.base import Reader, TransferHandle
-from offload.tiers.ram import Slab
+from offload.tiers.ram import HUGE_PAGE, Slab
+from offload.units import align_up
 
 
 class Flight(NamedTuple):
@@ -39,13 +40,15 @@ class ExpertBank:
     """See the module. Driver thread only.
 
     Args:
-        slab: memory of `num_slots` slots. reserve: how many of them experts may be read ahead into.
+        slab: memory of at least `num_slots` slots, of which these are resident.
+        reserve: how many slots experts may be read ahead into.
     """
 
     def __init__(
         self, spec: BankSpec, slab: Slab, num_slots: int, reader: Reader, policy: Eviction, reserve: int = 0
     ) -> None:
         assert num_slots * spec.stride <= slab.nbytes, (num_slots, spec.stride, slab.nbytes)
+        self._most_slots = slab.nbytes // spec.stride
         self.spec = spec
         self.num_slots = num_slots
         self.reserve = reserve
@@ -63,7 +66,7 @@ class ExpertBank:
     def place(self, layer: int) -> ExpertPlace:
         """What kernels need to know."""
         return ExpertPlace(
-            self._slab.address, self.spec.stride, self.num_slots, self._offsets[layer], is_resident=False
+            self._slab.address, self.spec.stride, self._most_slots, self._offsets[layer], is_resident=False
         )
 
     def slot(self, key: ExpertKey) -> int | None:
@@ -79,6 +82,37 @@ class ExpertBank:
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
         """A token needs these experts, wherever they are."""
         self._policy.chosen(layer, experts)
+
+    def resize(self, num_slots: int) -> None:
+        """Has so many slots from now on. When slots go, the least useful experts do. Nothing may be on its way.
+
+        Raises:
+            AllocationError: the system has no memory.
+        """
+        if num_slots > self.num_slots:
+            start, end = (align_up(count * self.spec.stride) for count in (self.num_slots, num_slots))
+            self._slab.populate(start, min(end, self._slab.nbytes) - start)
+            self._free.extend(range(self.num_slots, num_slots))
+        elif num_slots < self.num_slots:
+            self._vacate(self.num_slots - num_slots, self.spec.layers[0].layer, ())
+            self._shelter(num_slots)
+            kept = min(align_up(num_slots * self.spec.stride, HUGE_PAGE), self._slab.nbytes)
+            self._slab.discard(kept, self._slab.nbytes - kept)
+        self.num_slots = num_slots
+
+    def _shelter(self, end: int) -> None:
+        """Moves what lies in slots from `end` on to free ones before it, and gives those up."""
+        self._reserved -= len(self._idle) + len(self._guesses)
+        self._free.extend([*self._idle, *self._guesses.values()])
+        self._idle.clear()
+        self._guesses.clear()
+        free = [slot for slot in self._free if slot < end]
+        base, stride = self._slab.address, self.spec.stride
+        for key, slot in self._resident.items():
+            if slot >= end:
+                self._resident[key] = free.pop()
+                ctypes.memmove(base + self._resident[key] * stride, base + slot * stride, stride)
+        self._free = deque(free)
 
     # ---- what is needed
 

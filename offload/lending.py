@@ -1,23 +1,18 @@
 """Memory that is set aside for the KV cache and for prompts, holding weights until it is needed.
 
-The plan says which blocks borrow, in which order, and how many fit at a given fill of the cache. Here the border is moved:
-a block that has to leave is streamed again from the next pass on, one that gets memory is read once and stays. What is
-computed never depends on it. Driver thread only.
+The plan says what fits at a given fill of the cache. Here it is decided when memory changes hands; who borrows it, blocks or
+slots for experts, is in `borrowers`. What is computed never depends on it. Driver thread only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
-from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS
-from offload.plan import Plan
-from offload.residency import Residency
-from offload.tiers.base import CancelToken, Reader
+from offload.tiers.base import CancelToken
 from offload.tiers.heap import trim_heap
-from offload.tiers.ram import HUGE_PAGE, Slab
-from offload.units import align_up
+from offload.tiers.ram import Slab
 
 
 class Range(NamedTuple):
@@ -75,26 +70,34 @@ class _Use(NamedTuple):
     prompt: bool
 
 
+class Borrower(Protocol):
+    """Holds weights in memory that is lent to it. Positions are those of the cache that are in use."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weights that are on loan now."""
+        ...
+
+    def give_back(self, positions: int, *, prompt: bool) -> None:
+        """Leaves what cannot be lent at so many positions, while a prompt is read or not. Takes nothing."""
+        ...
+
+    def take(self, positions: int, cancel: CancelToken | None) -> bool:
+        """Takes all that can be lent while tokens are decoded; whether that meant to wait.
+
+        Raises:
+            StorageError: a block could not be read. Cancelled: it was not waited for. AllocationError: no memory.
+        """
+        ...
+
+
 class Lending:
-    """See the module.
+    """See the module."""
 
-    Args:
-        slab: memory for the borrowers, not resident yet.
-        moved: told the keys of the blocks that are streamed from now on.
-    """
-
-    def __init__(
-        self, plan: Plan, idle: IdleMemory, slab: Slab, residency: Residency, reader: Reader,
-        moved: Callable[[frozenset[BlockKey]], None],
-    ) -> None:  # fmt: skip
-        self._plan = plan
+    def __init__(self, idle: IdleMemory, borrower: Borrower) -> None:
         self._cache = idle.cache
         self._release_prompt = idle.release_prompt
-        self._slab = slab
-        self._residency = residency
-        self._reader = reader
-        self._moved = moved
-        self._count = 0
+        self._borrower = borrower
         self._use: _Use | None = None
         self._is_settled = False
         self._prompt_held = True  # planning built a prompt's graphs
@@ -102,7 +105,7 @@ class Lending:
     @property
     def nbytes(self) -> int:
         """Bytes of weights that are on loan now."""
-        return self._end(self._count)
+        return self._borrower.nbytes
 
     def make_room(self, positions: int, pass_tokens: int) -> None:
         """Takes back what passes of up to `pass_tokens` tokens need that fill the cache up to `positions`. Lends nothing.
@@ -115,19 +118,14 @@ class Lending:
             return
         self._use, self._is_settled = None, False
         self._prompt_held |= use.prompt
-        allowed = self._plan.on_loan(positions, prompt=use.prompt)
-        if allowed < self._count:
-            self._take_back(allowed)
+        self._borrower.give_back(positions, prompt=use.prompt)
         self._cache.resize(positions)
         self._use = use
 
     def lend(self, positions: int, cancel: CancelToken | None = None) -> bool:
         """Before passes of a few tokens that fill the cache up to `positions`: lends all that is idle.
 
-        Returns whether that meant to wait for blocks.
-
-        Raises:
-            StorageError: a block could not be read. Cancelled: it was not waited for. AllocationError: no memory.
+        Returns whether that meant to wait for blocks. Raises: see `Borrower.take`.
         """
         self.make_room(positions, 1)
         if self._is_settled:
@@ -136,45 +134,6 @@ class Lending:
             self._release_prompt()
             trim_heap()
             self._prompt_held = False
-        allowed = self._plan.on_loan(positions)
-        waits = allowed > self._count
-        if waits:
-            self._pin(allowed, cancel)
+        waited = self._borrower.take(positions, cancel)
         self._is_settled = True
-        return waits
-
-    def _take_back(self, count: int) -> None:
-        self._residency.unpin(self._plan.borrowers[count : self._count])
-        self._stream_all_but(count)
-        self._count = count
-        self._discard()
-
-    def _pin(self, count: int, cancel: CancelToken | None) -> None:
-        blocks, start = self._plan.borrowers[self._count : count], self._end(self._count)
-        self._stream_all_but(count)
-        try:
-            self._slab.populate(start, self._end(count) - start)
-            self._residency.pin(blocks, self._slab, self._reader, offset=start, cancel=cancel)
-        except BaseException:
-            self._reader.cancel_pending()
-            self._reader.drain()  # nobody may write into the slab any more
-            self._residency.unpin(blocks)
-            self._stream_all_but(self._count)
-            self._discard()
-            raise
-        self._count = count
-        self._residency.read_ahead()
-
-    def _stream_all_but(self, count: int) -> None:
-        """The first `count` borrowers are not streamed, all others are."""
-        keys = self._plan.streamed.difference(block.key for block in self._plan.borrowers[:count])
-        self._residency.stream(keys)
-        self._moved(keys)
-
-    def _discard(self) -> None:
-        """Gives back what lies behind the blocks that stay. A huge page that one of them shares stays with it."""
-        kept = min(align_up(self._end(self._count), HUGE_PAGE), self._slab.nbytes)
-        self._slab.discard(kept, self._slab.nbytes - kept)
-
-    def _end(self, count: int) -> int:
-        return sum(block.footprint for block in self._plan.borrowers[:count])
+        return waited

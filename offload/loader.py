@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from offload.backends import Place, make_place
+from offload.borrowers import BlockBorrower, SlotBorrower
 from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
 from offload.embedding import EmbeddingTable
 from offload.kernels.batch import Backend, Floats, Foresight
@@ -58,7 +59,7 @@ class Runner:
         self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry, place.experts)
         self._own_foresight = place.foresight
         self._fetches_experts = place.experts is not None
-        self._lending = self._lend(place.idle, residency)
+        self._lending = self._lend(place, residency)
         self.lend(1)  # nothing is in use yet; a prompt takes what it needs
 
     @property
@@ -116,20 +117,26 @@ class Runner:
             self.reader.read_extent(table.extent, slab.view(0, table.extent.window_nbytes)).wait()
             self.table.place(slab.view(table.extent.lead, table.nbytes))
 
-    def _lend(self, idle: IdleMemory | None, residency: Residency) -> Lending | None:
-        most = self.plan.on_loan(0)
-        if idle is None or not most:
+    def _lend(self, place: Place, residency: Residency) -> Lending | None:
+        idle, most = place.idle, self.plan.on_loan(0)
+        if idle is None or not self.plan.lends:
             return None
+        if place.experts is not None and not most:
+            return Lending(self._idle(idle), SlotBorrower(self.plan, place.banks, place.experts.settle))
         slab = Slab(sum(block.footprint for block in self.plan.borrowers[:most]), prefault=False)
         self._stack.callback(slab.close)
         self._stack.callback(self.reader.close)
+        borrower = BlockBorrower(self.plan, slab, residency, self.reader, self.scheduler.set_streamed)
+        return Lending(self._idle(idle), borrower)
+
+    def _idle(self, idle: IdleMemory) -> IdleMemory:
+        """The same, with what the token table needs for prompts."""
 
         def release_prompt() -> None:
             idle.release_prompt()
             self.table.release_scratch()
 
-        lent = IdleMemory(idle.cache, release_prompt)
-        return Lending(self.plan, lent, slab, residency, self.reader, self.scheduler.set_streamed)
+        return IdleMemory(idle.cache, release_prompt)
 
     def _on_read(self) -> OnRead | None:
         if self.telemetry.timeline is None:

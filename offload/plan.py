@@ -148,10 +148,21 @@ class Plan:
             count += 1
         return count
 
+    def bank_slots_at(self, tokens: int, *, prompt: bool = False) -> tuple[int, ...]:
+        """For each bank, how many experts it holds when idle memory is lent to it, see `Demand.idle`.
+
+        Blocks that every token streams come first: where there are any, experts get nothing.
+        """
+        if self.borrowers or not self.bank_slots:
+            return self.bank_slots
+        grain = LOAN_GRAIN * len(self.bank_slots)  # each bank may keep a huge page that it shares with a slot that went
+        idle = self.demand.idle(tokens, prompt=prompt) - grain
+        return tuple(map(max, self.bank_slots, share_slots(self.demand.banks, self.bank_bytes + max(0, idle))))
+
     def streamed_bytes_at(self, position: int) -> int:
         """Bytes read from disk for one decoded token behind `position` others."""
         lent = sum(block.footprint for block in self.borrowers[: self.on_loan(position + 1)])
-        return self.streamed_bytes - lent + self.missed_bytes
+        return self.streamed_bytes - lent + self.missed_bytes_at(position)
 
     @property
     def bank_bytes_on_disk(self) -> int:
@@ -163,8 +174,18 @@ class Plan:
 
     @property
     def missed_bytes(self) -> int:
-        """Bytes of experts read for one decoded token: as in the trace, or as if all were chosen equally often."""
-        return sum(bank.missed_bytes(slots) for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True))
+        """`missed_bytes_at` the start of the context."""
+        return self.missed_bytes_at(0)
+
+    def missed_bytes_at(self, position: int) -> int:
+        """Bytes of experts read for such a token: as in the trace, or as if all were chosen equally often."""
+        slots = self.bank_slots_at(position + 1)
+        return sum(bank.missed_bytes(number) for bank, number in zip(self.demand.banks, slots, strict=True))
+
+    @property
+    def lends(self) -> bool:
+        """Whether anything borrows what is idle."""
+        return self.on_loan(0) > 0 or self.bank_slots_at(0) != self.bank_slots
 
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""

@@ -56,9 +56,9 @@ class Ranking(Eviction, ABC):
         self._passing = np.zeros_like(self._held)
 
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
-        row = self._rows[layer]
-        self._passing[row, experts] = False
-        self._learn(row, np.asarray(experts))
+        row, chosen = self._rows[layer], np.asarray(experts, dtype=np.int64)
+        self._passing[row, chosen] = False
+        self._learn(row, chosen)
 
     def add(self, key: ExpertKey, *, passing: bool = False) -> None:
         at = (self._rows[key.layer], key.expert)

@@ -133,12 +133,18 @@ class Bench:
     """A cache over a bank of so many slots."""
 
     def __init__(
-        self, num_slots: int, reader: object | None = None, *, reserve: int = 0, policy: Eviction | None = None
+        self,
+        num_slots: int,
+        reader: object | None = None,
+        *,
+        reserve: int = 0,
+        policy: Eviction | None = None,
+        spare: int = 0,
     ) -> None:
         layers = make_layers()
         model = type("Model", (), {"experts": {layer.layer: layer for layer in layers}})
         (self.spec,) = expert_banks(model)  # type: ignore[arg-type]
-        self.slab = Slab(num_slots * self.spec.stride, huge_pages=False)
+        self.slab = Slab((num_slots + spare) * self.spec.stride, huge_pages=False)
         self.kernels = Kernels(self.spec, self.slab)
         self.reader = reader or MemoryReader(FakeStorage({FILE: CONTENT}), [FILE])
         self.policy = policy or LeastRecentlyUsed(range(LAYERS), EXPERTS)
@@ -261,6 +267,12 @@ def test_a_prompt_leaves_what_tokens_use() -> None:
     bench.slab.close()
 
 
+def test_a_layer_that_no_token_reaches_needs_nothing(bench: Bench) -> None:
+    bench.cache.demand(0, [np.empty((0, USED), np.int32)])
+    bench.cache.compute(0, None)
+    assert not bench.kernels.computed and bench.telemetry.experts_demanded == 0
+
+
 def test_hits_and_demands_are_counted(bench: Bench) -> None:
     bench.run(0, [[1, 2]])
     bench.run(0, [[2, 3]])
@@ -283,8 +295,8 @@ def test_experts_are_filled_in_up_to_the_last_slot(bench: Bench) -> None:
 class Ahead(Bench):
     """A cache with a reserve of two slots, over a reader that is held."""
 
-    def __init__(self, num_slots: int = 8, reserve: int = 2) -> None:
-        super().__init__(num_slots, HeldReader(), reserve=reserve)
+    def __init__(self, num_slots: int = 8, reserve: int = 2, spare: int = 0) -> None:
+        super().__init__(num_slots, HeldReader(), reserve=reserve, spare=spare)
 
     def step(self, layer: int, chosen: Sequence[int], guess: Sequence[int] = (), *, ahead: int = 0) -> None:
         """One layer of a token, behind which so many reads of the background have time."""
@@ -403,10 +415,16 @@ steps = st.tuples(
 
 
 @settings(max_examples=80, deadline=None)
-@given(tokens=st.lists(st.tuples(steps, steps, steps), max_size=8), reserve=st.integers(0, 4))
-def test_whatever_is_guessed_the_right_bytes_are_computed(tokens: list, reserve: int) -> None:
-    ahead = Ahead(num_slots=10, reserve=reserve)
-    for token in tokens:
+@given(
+    tokens=st.lists(st.tuples(steps, steps, steps), max_size=8),
+    reserve=st.integers(0, 4),
+    sizes=st.lists(st.integers(10, 16), min_size=8, max_size=8),
+)
+def test_whatever_is_guessed_and_lent_the_right_bytes_are_computed(tokens: list, reserve: int, sizes: list) -> None:
+    ahead = Ahead(num_slots=10, reserve=reserve, spare=6)
+    for token, num_slots in zip(tokens, sizes, strict=False):
+        ahead.cache.settle()
+        ahead.bank.resize(num_slots)
         for layer, (chosen, guess, idle) in enumerate(token):
             ahead.kernels.computed = []
             ahead.kernels.guess = {layer + 1: guess}
@@ -417,9 +435,24 @@ def test_whatever_is_guessed_the_right_bytes_are_computed(tokens: list, reserve:
             ahead.reader.release(min(idle, len(ahead.reader.background)))
     ahead.cache.restart()
     free, resident, guessed = len(ahead.bank._free), len(ahead.bank._resident), len(ahead.bank._guesses)
-    assert free + resident + guessed + len(ahead.bank._idle) == 10, "every slot is somewhere"
+    assert free + resident + guessed + len(ahead.bank._idle) == ahead.bank.num_slots, "every slot is somewhere"
     assert guessed + len(ahead.bank._idle) == ahead.bank._reserved <= reserve
     ahead.slab.close()
+
+
+def test_when_slots_go_what_is_worth_most_stays_wherever_it_lay() -> None:
+    bench = Bench(4, spare=4)
+    bench.bank.resize(8)
+    for expert in range(8):
+        bench.run(0, [[expert, (expert + 1) % 8]])
+    bench.bank.resize(4)
+    assert [expert for expert in range(8) if bench.bank.slot(ExpertKey(0, expert)) is not None] == [0, 5, 6, 7]
+    assert all(bench.bank.slot(ExpertKey(0, expert)) < 4 for expert in (0, 5, 6, 7))
+    before = bench.reader.statistics().bytes
+    bench.run(0, [[5, 6]], [[0, 7]])
+    assert bench.reader.statistics().bytes == before, "they are where they were said to be"
+    assert not any(bench.slab.view(0, bench.slab.nbytes)[8 * bench.spec.stride :])
+    bench.slab.close()
 
 
 @pytest.mark.parametrize("name", EVICTION)

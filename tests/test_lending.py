@@ -16,6 +16,7 @@ from test_plan import demand
 
 import offload
 from offload.blocks import BlockKey
+from offload.borrowers import BlockBorrower
 from offload.config import FEW_TOKENS, KV_BUCKET
 from offload.engine import Engine
 from offload.errors import Cancelled
@@ -25,6 +26,8 @@ from offload.tiers.base import CancelToken
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.ram import CAN_DISCARD, Slab
 from offload.units import MIB, PAGE, align_up
+
+TRAINED = Path(__file__).parent / "assets" / "trained_moe" / "stdlib-olmoe-Q8_0.gguf"
 
 pytestmark = pytest.mark.skipif(
     not (CAN_DISCARD and can_trim_heap()), reason="this system does not give memory back, so nothing is lent"
@@ -142,7 +145,8 @@ def make_border() -> Iterator[Border]:
     memory = Slab(8 * PAGE, huge_pages=False, prefault=False)
     cache = CacheMemory(memory, lambda first, last: [Range(first * PAGE, (last - first) * PAGE)], 256)
     idle = IdleMemory(cache, lambda: None)
-    yield plan, recorder, Lending(plan, idle, slab, recorder, recorder, recorder.moved.append)  # type: ignore[arg-type]
+    borrower = BlockBorrower(plan, slab, recorder, recorder, recorder.moved.append)  # type: ignore[arg-type]
+    yield plan, recorder, Lending(idle, borrower)
     slab.close()
     memory.close()
 
@@ -245,17 +249,46 @@ def test_a_session_with_loans_says_what_one_without_them_says(streaming: Engine,
     assert by_length[0] > by_length[-1]
 
 
+def test_experts_borrow_where_no_block_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts take the memory back, tokens get it again, and nothing that is said depends on it."""
+
+    def roomy(need: Demand, budget: int, device: int | None) -> Plan:
+        del budget
+        dense = sum(need.fixed.values()) + sum(block.footprint for block in need.blocks)
+        return make_plan(need, dense + sum(40 * bank.slot_bytes for bank in need.banks), device)
+
+    with offload.load(TRAINED, ctx=2048) as whole:
+        expected = [
+            whole.generate([7 * n % 4000 for n in range(length)], max_tokens=12, temperature=0, ignore_eos=True).tokens
+            for length in PROMPTS
+        ]
+    monkeypatch.setattr("offload.opening.make_plan", roomy)
+    with offload.load(TRAINED, ctx=2048, prefetch="on") as engine:
+        plan, runner = engine.plan, engine._runner
+        assert not plan.borrowers and plan.bank_slots == (40,)
+        for length, tokens in zip(PROMPTS, expected, strict=True):
+            prompt = [7 * n % 4000 for n in range(length)]
+            answer = engine.generate(prompt, max_tokens=12, temperature=0, ignore_eos=True)
+            assert answer.tokens == tokens
+            slots = tuple(bank.num_slots for bank in runner._lending._borrower._banks)
+            assert slots == plan.bank_slots_at(length + 12) > plan.bank_slots
+        lent = runner.lent_bytes
+        runner.make_room(2048, 900)
+        assert runner.lent_bytes < lent, "a prompt takes back what it needs"
+        assert engine.generate(prompt, max_tokens=12, temperature=0, ignore_eos=True).tokens == expected[-1]
+
+
 def test_a_cancelled_loan_leaves_a_working_engine(streaming: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = streaming.generate([1] * 60, max_tokens=4, temperature=0).tokens
     streaming._runner.lend(streaming.ctx)  # the whole cache is in use: everything that can be taken back is
-    lending = streaming._runner._lending
-    original = lending._residency.pin
+    residency = streaming._runner._lending._borrower._residency
+    original = residency.pin
 
     def cancelled(*args: object, cancel: CancelToken, **options: object) -> None:
         cancel.cancel()
         original(*args, cancel=cancel, **options)
 
-    monkeypatch.setattr(lending._residency, "pin", cancelled)
+    monkeypatch.setattr(residency, "pin", cancelled)
     answer = streaming.generate([2, 3, 4], max_tokens=4, temperature=0)
     assert answer.finish_reason == "cancelled"
     monkeypatch.undo()

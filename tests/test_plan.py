@@ -132,9 +132,39 @@ def test_experts_miss_nothing_when_all_are_there_and_most_at_the_minimum() -> No
     assert (everything.missed_bytes, everything.bank_bytes_on_disk) == (0, 0)
     least = make_plan(need, minimum_budget(need))
     assert least.bank_slots == (4, 4)
-    assert least.missed_bytes == sum(round(8 * (1 - 4 / 96)) * bank.expert_bytes for bank in need.banks)
+    assert least.missed_bytes == pytest.approx(sum(8 * (1 - 4 / 96) * bank.expert_bytes for bank in need.banks))
     assert least.bank_bytes_on_disk == sum(92 * bank.expert_bytes for bank in need.banks)
     assert least.predicted_tps < everything.predicted_tps
+
+
+@given(st.integers(0, 3000), st.integers(0, 3000), st.booleans(), st.integers(0, 500))
+def test_slots_on_loan_fit_into_what_is_idle(tokens: int, more: int, prompt: bool, extra: int) -> None:
+    need = replace(
+        mixture(), fixed={**demand().fixed, "kv": 160 * MIB, "workspace": 40 * MIB}, ctx=2048, kv_bucket_tokens=256,
+        kv_bucket_bytes=20 * MIB, prompt_bytes=30 * MIB,
+    )  # fmt: skip
+    everything = sum(block.footprint for block in need.blocks)
+    plan = make_plan(
+        need, sum(need.fixed.values()) + everything + sum(b.slot_bytes * 4 for b in need.banks) + extra * MIB
+    )
+    assert not plan.borrowers
+    slots = plan.bank_slots_at(tokens, prompt=prompt)
+    lent = sum((now - own) * bank.slot_bytes for now, own, bank in zip(slots, plan.bank_slots, need.banks, strict=True))
+    assert 0 <= lent <= need.idle(tokens, prompt=prompt)
+    assert plan.bank_slots_at(tokens + more, prompt=prompt) <= slots
+    assert plan.missed_bytes_at(tokens + more) >= plan.missed_bytes_at(tokens)
+    starved = make_plan(need, minimum_budget(need))
+    assert starved.bank_slots_at(tokens) == starved.bank_slots, "blocks that every token streams come first"
+
+
+def test_what_a_trace_says_of_hits_counts() -> None:
+    need = mixture(1)
+    known = replace(need, banks=tuple(replace(bank, curve=((0.25, 0.8),)) for bank in need.banks))
+    budget = sum(need.fixed.values()) + sum(block.footprint for block in need.blocks) + 24 * need.banks[0].slot_bytes
+    plain, traced = make_plan(need, budget), make_plan(known, budget)
+    assert traced.bank_slots == plain.bank_slots == (24,)
+    assert traced.missed_bytes == pytest.approx(plain.missed_bytes * 0.2 / 0.75)
+    assert traced.predicted_tps > plain.predicted_tps
 
 
 def test_a_budget_below_the_least_slots_is_refused() -> None:
