@@ -5,7 +5,8 @@
 
 Prints medians and writes a dated result file. "of disk" is the rate of our reads while any was under way, over the bandwidth
 that the probe of `offload doctor` measures on the same file in the same round; "share of limit" is the bytes that a token
-had to read, times tokens per second, over that bandwidth; "other" is the time outside kernels and waits, over the whole.
+had to read (of experts: those that memory did not hold, and no wrong guesses), times tokens per second, over that bandwidth;
+"other" is the time outside kernels and waits, over the whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from offload.tiers.probe import measure_disk
 from offload.units import format_rate, format_size, parse_size
 
 SPEEDS = ["prefill peer", "ours", "ratio", "decode peer", "ours", "**ratio**", "predicted"]
-HEADER = ["limit", *SPEEDS, "read rate", "of disk", "share of limit", "other", "peak peer", "peak ours", "same tokens"]
+REST = ["experts hit", "guesses right", "other", "peak peer", "peak ours", "same tokens"]
+HEADER = ["limit", *SPEEDS, "read rate", "of disk", "share of limit", *REST]
 
 
 @dataclass(slots=True)
@@ -50,9 +52,20 @@ class Series:
         disk = median(self.disk_bps)
         needed = figure(self.ours, lambda run: run.figures["streamed_bytes"] * run.figures["decode_tps"])
         cells += [format_rate(read), f"{read / disk:.0%}", f"{needed / disk:.0%}"] if read else ["-"] * 3
+        cells += self.experts()
         cells.append(f"{figure(self.ours, other_share):.1%}")
         cells += [format_size(max(outcome.run.peak_bytes for outcome in side)) for side in (self.peer, self.ours)]
         return [*cells, self.agreement()]
+
+    def experts(self) -> list[str]:
+        """Hit rate, and the share of guesses that were right; or dashes where no expert came or went."""
+        runs = [run for run in self.ours if run.figures and run.figures["experts"]]
+        if not runs:
+            return ["-", "-"]
+        right = figure(
+            runs, lambda run: run.figures["experts"]["used_ahead"] / max(1, run.figures["experts"]["fetched_ahead"])
+        )
+        return [f"{figure(runs, lambda run: run.figures['experts']['hit_rate']):.1%}", f"{right:.0%}"]
 
     def agreement(self) -> str:
         """How many leading tokens of the first runs are equal."""
@@ -98,7 +111,7 @@ def main() -> None:
         rows.append(series.row())
     body = f"""{options.peer} against offload on `{options.model.name}` ({format_size(weights.stat().st_size)}).
 Tokens per second, medians of {options.rounds} alternating rounds; {options.prompt_tokens} prompt tokens,
-{options.tokens} decoded ({options.peer_tokens} by the peer).
+{options.tokens} decoded ({options.peer_tokens} by the peer) after {options.warm_up} to warm up.
 
 {table(HEADER, rows)}"""
     print(f"\n{body}\n\n{write(options.name or f'{options.peer}_{options.model.stem}', body, folder=options.results)}")
@@ -112,6 +125,7 @@ def measure(peer: str, series: Series, options: argparse.Namespace, tokens: int)
         prompt_tokens=options.prompt_tokens,
         tokens=tokens,
         ctx=options.ctx,
+        warm_up=options.warm_up,
         timeout_s=options.timeout,
     )
 
@@ -126,6 +140,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--warm-up", type=int, default=0, help="tokens decoded before those that are timed, by both")
     parser.add_argument("--peer-tokens", type=int, default=8, help="fewer, where the peer needs seconds for each")
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--timeout", type=float, default=600, help="seconds for one run")

@@ -48,12 +48,14 @@ def drop_page_cache() -> None:
 
 
 def run_peer(
-    peer: str, model: Path, *, limit_bytes: int, prompt_tokens: int, tokens: int, ctx: int, timeout_s: float
-) -> Outcome:
+    peer: str, model: Path, *, limit_bytes: int, prompt_tokens: int, tokens: int, ctx: int, timeout_s: float,
+    warm_up: int = 0,
+) -> Outcome:  # fmt: skip
     """Runs `peer` on `model` in a group of `limit_bytes`; 0 stands for the whole machine and no budget."""
     name, *options = PEERS[peer]
     script = ROOT / "benchmarks" / "peers" / name
     sizes = {"--prompt-tokens": prompt_tokens, "--tokens": tokens, "--ctx": ctx, "--memory": limit_bytes}
+    sizes["--warm-up"] = warm_up
     flags = [text for name, size in sizes.items() for text in (name, str(size))]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     drop_page_cache()

@@ -46,14 +46,17 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         load_s, model = timed(lambda: load(options, folder))
         ids = prompt(options, model.config.vocab_size)
-        prefill_s, (first, cache) = timed(lambda: generate(model, ids, None, 1))
-        decode_s, (tokens, _) = timed(lambda: generate(model, first, cache, options.tokens))
+        prefill_s, (warm, cache) = timed(lambda: generate(model, ids, None, 1))
+        if options.warm_up:
+            more, cache = generate(model, warm, cache, options.warm_up)
+            warm += more
+        decode_s, (tokens, _) = timed(lambda: generate(model, warm[-1:], cache, options.tokens))
     report(
         "accelerate",
         load_s=load_s,
         prefill_tps=options.prompt_tokens / prefill_s,
         decode_tps=options.tokens / decode_s,
-        tokens=first + tokens,
+        tokens=warm + tokens,
     )
 
 

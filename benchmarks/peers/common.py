@@ -19,6 +19,7 @@ def argument_parser(description: str) -> argparse.ArgumentParser:
     parser.add_argument("model", type=Path)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16)
+    parser.add_argument("--warm-up", type=int, default=0, help="tokens decoded before those that are timed")
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=int, default=0)

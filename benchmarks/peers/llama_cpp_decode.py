@@ -78,13 +78,14 @@ def main() -> None:
         without_repacking()
     load_s, model = timed(lambda: load(options))
     prefill_s, first = timed(lambda: prefill(model, prompt(options, model.n_vocab())))
-    decode_s, tokens = timed(lambda: generate(model, first, options.tokens))
+    warm = generate(model, first, options.warm_up)
+    decode_s, tokens = timed(lambda: generate(model, warm[-1], options.tokens))
     report(
         "llama.cpp",
         load_s=load_s,
         prefill_tps=options.prompt_tokens / prefill_s,
         decode_tps=options.tokens / decode_s,
-        tokens=tokens,
+        tokens=[*warm, *tokens[1:]],
     )
 
 

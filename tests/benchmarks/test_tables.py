@@ -31,7 +31,14 @@ def figures(decode_tps: float, tokens: tuple[int, ...] = (1, 2, 3), read_bps: fl
     seconds = {"compute_s": 1.0, "wait_s": 2.5, "other_s": 0.5}
     speeds = {"prefill_tps": 10 * decode_tps, "decode_tps": decode_tps, "predicted_tps": 2.0}
     io = {"nvme->ram": {"bandwidth_bps": read_bps}}
-    return {**speeds, "tokens": list(tokens), "io": io, "streamed_bytes": 2 * 10**8, "statistics": seconds}
+    return {
+        **speeds,
+        "tokens": list(tokens),
+        "io": io,
+        "streamed_bytes": 2 * 10**8,
+        "statistics": seconds,
+        "experts": None,
+    }
 
 
 @given(st.integers(1, 4).flatmap(lambda n: st.lists(st.lists(WORDS, min_size=n, max_size=n), min_size=1, max_size=4)))
@@ -49,6 +56,15 @@ def test_a_row_has_medians_and_the_ratio_of_medians(theirs: list[float], ours: l
     assert row["**ratio**"] == f"{median(ours) / median(theirs):.2f}x"
     assert (row["read rate"], row["of disk"]) == ("1 GB/s", "25%") and row["other"] == "12.5%"
     assert float(row["share of limit"].rstrip("%")) == pytest.approx(5 * median(ours), abs=0.501)
+
+
+def test_a_row_tells_what_became_of_experts() -> None:
+    use = {"hit_rate": 0.345, "fetched_ahead": 40, "used_ahead": 30}
+    runs = [outcome(figures(2.0) | {"experts": use}), outcome(**FAILED)]
+    cells = dict(zip(compare.HEADER, compare.Series(0, [outcome(figures(1.0))], runs, [2e9]).row(), strict=True))
+    assert (cells["experts hit"], cells["guesses right"]) == ("34.5%", "75%")
+    dense = compare.Series(0, [outcome(figures(1.0))], [outcome(figures(1.0))], [2e9])
+    assert dense.experts() == ["-", "-"]
 
 
 def test_a_row_says_why_there_is_no_figure_and_the_largest_peak() -> None:
