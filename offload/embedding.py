@@ -94,10 +94,9 @@ class EmbeddingTable:
             for place, token in enumerate(ids)
         ]
         try:
-            handles = self._reader.read_extents(requests)
+            (handle,) = self._reader.read_groups([requests])
             asked = perf_counter()
-            for handle in handles:
-                handle.wait(cancel)
+            handle.wait(cancel)
             self._telemetry.waited("token rows", asked, perf_counter())
             for place, (extent, view) in enumerate(requests):
                 rows[place] = np.frombuffer(view, np.uint8, size, extent.lead)

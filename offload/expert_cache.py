@@ -142,8 +142,7 @@ class ExpertCache:
             if bank.has_free_slot:
                 flights += bank.start([key], key.layer, ())
         for number, flight in enumerate(flights):
-            for handle in flight.handles:
-                handle.wait()
+            flight.handle.wait()
             self._banks[flight.key.layer].land(flight, passing=False)
             if progress is not None:
                 progress(number + 1, len(flights))
@@ -166,19 +165,17 @@ class ExpertCache:
         """Waits for the first flight; returns what has arrived by then."""
         if not current.flights:
             return []
-        if not any(flight.done() for flight in current.flights):
+        landed = [flight for flight in current.flights if flight.handle.done()]
+        if not landed:
             asked = perf_counter()
-            for handle in current.flights[0].handles:
-                handle.wait(cancel)
+            current.flights[0].handle.wait(cancel)
+            landed = [flight for flight in current.flights if flight.handle.done()]
             self._telemetry.waited(str(current.flights[0].key), asked, perf_counter())
-        landed = []
-        for flight in [flight for flight in current.flights if flight.done()]:
-            for handle in flight.handles:
-                handle.wait()  # raises what went wrong
+        for flight in landed:
+            flight.handle.wait()  # raises what went wrong
             current.flights.remove(flight)
             bank.land(flight, passing=current.passing)
-            landed.append(flight.key)
-        return landed
+        return [flight.key for flight in landed]
 
     def _compute(self, layer: int, current: _Layer, keys: Sequence[ExpertKey]) -> None:
         bank, telemetry = self._banks[layer], self._telemetry
@@ -219,14 +216,14 @@ class ExpertCache:
         for flight in right.values():
             self._banks[flight.key.layer].release(flight)
         if right:
-            self._reader.promote([handle for flight in right.values() for handle in flight.handles])
+            self._reader.promote([flight.handle for flight in right.values()])
         if self._ahead:
-            self._reader.drop([handle for flight in self._ahead.values() for handle in flight.handles])
+            self._reader.drop([flight.handle for flight in self._ahead.values()])
             self._land_ahead()
         return right
 
     def _land_ahead(self) -> None:
-        for key in [key for key, flight in self._ahead.items() if flight.done()]:
+        for key in [key for key, flight in self._ahead.items() if flight.handle.done()]:
             self._banks[key.layer].land_ahead(self._ahead.pop(key))
 
 

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from offload.blocks import ExpertKey, Extent
+from offload.blocks import ExpertKey
 from offload.expert_bank import BankSpec
 from offload.kernels.batch import ExpertPlace
 from offload.prefetch.eviction import Eviction
-from offload.tiers.base import Reader, TransferHandle
+from offload.tiers.base import Group, Reader, TransferHandle
 from offload.tiers.ram import HUGE_PAGE, Slab
 from offload.units import align_up
 
@@ -27,13 +27,7 @@ class Flight(NamedTuple):
 
     key: ExpertKey
     slot: int
-    handles: Sequence[TransferHandle]
-
-    def done(self) -> bool:
-        return all(handle.done() for handle in self.handles)
-
-    def failed(self) -> bool:
-        return any(handle.error is not None for handle in self.handles)
+    handle: TransferHandle
 
 
 class ExpertBank:
@@ -125,7 +119,7 @@ class ExpertBank:
         Raises:
             StorageError: a file has shrunk.
         """
-        self._vacate(len(keys), layer, keep)
+        self._vacate(len(keys), layer, keep, more=self.reserve - self._reserved)
         taken = [(key, self._free.popleft()) for key in keys[: len(self._free)]]
         return self._read(taken, self._free, background=False)
 
@@ -156,7 +150,7 @@ class ExpertBank:
 
     def land_ahead(self, flight: Flight) -> None:
         """A background flight has ended, and nobody has asked for its expert yet."""
-        if flight.failed():
+        if flight.handle.error is not None:
             self._idle.append(flight.slot)
         else:
             self._settle(flight)
@@ -179,30 +173,30 @@ class ExpertBank:
 
     # ---- inner
 
-    def _vacate(self, count: int, layer: int, keep: Collection[ExpertKey]) -> None:
-        """Makes slots free until there are `count`, or until all others must stay."""
+    def _vacate(self, count: int, layer: int, keep: Collection[ExpertKey], more: int = 0) -> None:
+        """Makes slots free until there are `count`, or until all others must stay; if any have to go, `more` at once."""
         missing = count - len(self._free)
         if missing > 0:
-            for victim in self._policy.victims(layer, missing, keep):
+            for victim in self._policy.victims(layer, missing + more, keep):
                 self._policy.remove(victim)
                 self._free.append(self._resident.pop(victim))
 
     def _read(
         self, taken: Sequence[tuple[ExpertKey, int]], source: deque[int] | list[int], *, background: bool
     ) -> list[Flight]:
-        requests = [request for key, slot in taken for request in self._requests(key, slot)]
         try:
-            handles = self._reader.read_extents(requests, background=background)
+            handles = self._reader.read_groups([self._group(key, slot) for key, slot in taken], background=background)
         except BaseException:
             source.extend(slot for _, slot in taken)
             raise
-        each = len(self.spec.windows)
-        return [Flight(key, slot, handles[i * each : (i + 1) * each]) for i, (key, slot) in enumerate(taken)]
+        return [Flight(key, slot, handle) for (key, slot), handle in zip(taken, handles, strict=True)]
 
-    def _requests(self, key: ExpertKey, slot: int) -> Iterator[tuple[Extent, memoryview]]:
+    def _group(self, key: ExpertKey, slot: int) -> Group:
         matrices, base = self._layers[key.layer].experts[key.expert], slot * self.spec.stride
-        for matrix, start, window in zip(matrices, self.spec.starts, self.spec.windows, strict=True):
-            yield matrix.extent, self._slab.view(base + start, window)
+        return [
+            (matrix.extent, self._slab.view(base + start, window))
+            for matrix, start, window in zip(matrices, self.spec.starts, self.spec.windows, strict=True)
+        ]
 
     def _settle(self, flight: Flight) -> None:
         """Moves the matrices of an expert to where kernels look for those of its layer, when they lie elsewhere."""

@@ -24,7 +24,7 @@ from offload.prefetch.eviction import Eviction, LeastRecentlyUsed
 from offload.prefetch.governor import Governor
 from offload.prefetch.policies import EVICTION, make_eviction
 from offload.telemetry import Telemetry
-from offload.tiers.base import CancelToken, TransferHandle
+from offload.tiers.base import CancelToken, Group, TransferHandle
 from offload.tiers.memory import FakeStorage, MemoryReader
 from offload.tiers.ram import Slab
 
@@ -85,15 +85,15 @@ class HeldReader:
         self.fails = self.refuses = False
         self.submissions = 0
 
-    def read_extents(
-        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
-    ) -> list[TransferHandle]:
+    def read_groups(self, groups: Sequence[Group], *, background: bool = False) -> list[TransferHandle]:
         self.submissions += 1
         if self.refuses:
             raise StorageError("the file has shrunk")
-        handles = [TransferHandle(pieces=1, nbytes=extent.window_nbytes) for extent, _ in requests]
-        queued = [(*request, handle) for request, handle in zip(requests, handles, strict=True)]
-        (self.background if background else self.requests).extend(queued)
+        handles = []
+        for group in groups:
+            handle = TransferHandle(pieces=len(group), nbytes=sum(extent.window_nbytes for extent, _ in group))
+            (self.background if background else self.requests).extend((*request, handle) for request in group)
+            handles.append(handle)
         return handles
 
     def promote(self, handles: Sequence[TransferHandle]) -> None:

@@ -154,6 +154,10 @@ class TransferHandle:
         self._changed.notify_all()
 
 
+Group = Sequence[tuple[Extent, memoryview]]
+"""Extents that are one transfer, each with where its window goes."""
+
+
 class Reader(Protocol):
     """What serves extents of files into memory. `NvmeReader` reads disks, `MemoryReader` is the plain reference."""
 
@@ -161,10 +165,8 @@ class Reader(Protocol):
         """Starts reading the extent's page-aligned window into the head of `destination`."""
         ...
 
-    def read_extents(
-        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
-    ) -> Sequence[TransferHandle]:
-        """Starts several reads in one submission. `background`: they wait until nothing else is to be read."""
+    def read_groups(self, groups: Sequence[Group], *, background: bool = False) -> Sequence[TransferHandle]:
+        """Starts several transfers in one submission, each of some extents. `background`: when there is nothing else."""
         ...
 
     def promote(self, handles: Iterable[TransferHandle]) -> None:

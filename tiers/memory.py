@@ -13,7 +13,7 @@ from pathlib import Path
 from offload.blocks import Extent
 from offload.errors import StorageError
 from offload.results import EdgeUse
-from offload.tiers.base import TIMEOUT_S, TransferHandle
+from offload.tiers.base import TIMEOUT_S, Group, TransferHandle
 from offload.tiers.checked import check_inside, check_unchanged, open_all, read_checked
 from offload.tiers.files import Storage
 
@@ -80,12 +80,20 @@ class MemoryReader:
         self._nbytes = 0
 
     def read_extent(self, extent: Extent, destination: memoryview) -> TransferHandle:
+        return self._read_group([(extent, destination)])
+
+    def _read_group(self, group: Group) -> TransferHandle:
+        wanted = [(extent, destination) for extent, destination in group if extent.nbytes]
+        for extent, destination in wanted:
+            assert len(destination) >= extent.window_nbytes, (len(destination), extent)
+            check_inside(self._files[extent.path], extent)
+        handle = TransferHandle(pieces=len(wanted), nbytes=sum(extent.window_nbytes for extent, _ in wanted))
+        for extent, destination in wanted:
+            self._read(extent, destination, handle)
+        return handle
+
+    def _read(self, extent: Extent, destination: memoryview, handle: TransferHandle) -> None:
         file = self._files[extent.path]
-        assert len(destination) >= extent.window_nbytes, (len(destination), extent)
-        check_inside(file, extent)
-        if extent.nbytes == 0:
-            return TransferHandle.completed()
-        handle = TransferHandle(pieces=1, nbytes=extent.window_nbytes)
         try:
             window = destination[: extent.window_nbytes]
             read_checked(file, window, extent.window_offset, extent.lead + extent.nbytes)
@@ -94,13 +102,10 @@ class MemoryReader:
         else:
             handle.complete(extent.window_nbytes)
             self._nbytes += extent.window_nbytes
-        return handle
 
-    def read_extents(
-        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
-    ) -> list[TransferHandle]:
+    def read_groups(self, groups: Sequence[Group], *, background: bool = False) -> list[TransferHandle]:
         del background
-        return [self.read_extent(extent, destination) for extent, destination in requests]
+        return [self._read_group(group) for group in groups]
 
     def promote(self, handles: Iterable[TransferHandle]) -> None:
         pass

@@ -13,10 +13,10 @@ from pathlib import Path
 from offload.blocks import Extent
 from offload.config import READ_BYTES
 from offload.results import EdgeUse
-from offload.tiers.base import TIMEOUT_S, OnRead, TransferHandle
+from offload.tiers.base import TIMEOUT_S, Group, OnRead, TransferHandle
 from offload.tiers.checked import check_inside, check_unchanged, open_all
 from offload.tiers.engines import make_engine
-from offload.tiers.files import File, Storage
+from offload.tiers.files import Storage
 from offload.tiers.requests import Piece, RequestQueue
 from offload.units import PAGE
 
@@ -57,21 +57,22 @@ class NvmeReader:
             StorageError: the file ends before the extent does.
             ClosedError: the reader is closed.
         """
-        return self.read_extents([(extent, destination)])[0]
+        return self.read_groups([[(extent, destination)]])[0]
 
-    def read_extents(
-        self, requests: Sequence[tuple[Extent, memoryview]], *, background: bool = False
-    ) -> list[TransferHandle]:
-        """Starts several reads in one submission; each as `read_extent` does. `background`: when there is nothing else."""
+    def read_groups(self, groups: Sequence[Group], *, background: bool = False) -> list[TransferHandle]:
+        """Starts several transfers in one submission, each of some extents, as `read_extent` does.
+
+        `background`: they start when there is nothing else to read.
+        """
         handles: list[TransferHandle] = []
         pieces: list[Piece] = []
-        for extent, destination in requests:
-            file = self._files[extent.path]
-            assert len(destination) >= extent.window_nbytes, (len(destination), extent)
-            check_inside(file, extent)
-            split = self._split(file, extent, destination) if extent.nbytes else []
-            handles.append(split[0].handle if split else TransferHandle.completed())
-            pieces += split
+        for group in groups:
+            wanted = [(extent, destination) for extent, destination in group if extent.nbytes]
+            count = sum(-(-extent.window_nbytes // self._read_bytes) for extent, _ in wanted)
+            handle = TransferHandle(pieces=count, nbytes=sum(extent.window_nbytes for extent, _ in wanted))
+            for extent, destination in wanted:
+                pieces += self._split(extent, destination, handle)
+            handles.append(handle)
         self._queue.put(pieces, background=background)
         self._engine.kick()
         return handles
@@ -121,9 +122,12 @@ class NvmeReader:
         for file in self._files.values():
             file.close()
 
-    def _split(self, file: File, extent: Extent, destination: memoryview) -> list[Piece]:
-        window, step = extent.window_nbytes, self._read_bytes
-        handle = TransferHandle(pieces=-(-window // step), nbytes=window)
+    def _split(self, extent: Extent, destination: memoryview, handle: TransferHandle) -> list[Piece]:
+        file, window, step = self._files[extent.path], extent.window_nbytes, self._read_bytes
+        assert len(destination) >= window, (len(destination), extent)
+        check_inside(file, extent)
+        if window <= step:
+            return [Piece(file, extent.window_offset, destination[:window], extent.lead + extent.nbytes, handle)]
         pieces = []
         for start in range(0, window, step):
             stop = min(start + step, window)
