@@ -144,6 +144,14 @@ class LoadOptions(PlanOptions):
     prefetch: Annotated[
         PrefetchChoice, _memory("--prefetch", about="Read experts ahead of need.", env="OFFLOAD_PREFETCH")
     ] = PrefetchChoice.auto
+    skip_experts_below: Annotated[
+        float,
+        _memory(
+            "--skip-experts-below",
+            about="Leave out experts with a smaller share of the router's weights. Costs quality.",
+            env="OFFLOAD_SKIP_EXPERTS_BELOW",
+        ),
+    ] = 0.0
     workers: Annotated[int | None, _memory("--workers", about="Disk requests in flight.", env="OFFLOAD_WORKERS")] = None
     trace: Annotated[
         Path | None,
@@ -163,6 +171,7 @@ class LoadOptions(PlanOptions):
             **self.planning(),
             "expert_policy": self.expert_policy,
             "prefetch": self.prefetch.value,
+            "skip_experts_below": self.skip_experts_below,
             "workers": self.workers,
             "trace": self.trace is not None,
         }

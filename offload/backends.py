@@ -130,7 +130,7 @@ class _Host:
             first += _filling_order(spec, in_order=is_resident)
         banks = {layer: banks[layer] for layer in sorted(banks)}
         fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
-        cache = ExpertCache(banks, backend, reader, telemetry, Governor(fixed))
+        cache = ExpertCache(banks, backend, reader, telemetry, Governor(fixed), config.skip_experts_below)
         cache.fill(first, report)
         fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
         if any(bank.reserve for bank in banks.values()):
@@ -198,7 +198,14 @@ class HostPlace:
         if pinned:
             residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
         self.experts = self._host.experts(
-            self._opened.model, plan, self._config, self.backend, reader, telemetry, report, in_pass=True
+            self._opened.model,
+            plan,
+            self._config,
+            self.backend,
+            reader,
+            telemetry,
+            report,
+            in_pass=not self._config.skip_experts_below,
         )
         return residency
 

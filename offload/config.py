@@ -108,6 +108,8 @@ class LoadConfig:
         expert_policy: which expert makes room for another, by the names of `prefetch.policies`; "auto" takes what `offload
             tune` or a replay found best for this model, else the default.
         prefetch: whether experts are read ahead of need: "on", "off", or "auto" for as long as a trial shows that it pays.
+        skip_experts_below: leaves out experts whose share of a token's router weights is smaller, between 0 and 1. Changes
+            what is computed, the same at every budget; 0, the default, changes nothing.
         trace: record a timeline for `--trace`.
     """
 
@@ -120,6 +122,7 @@ class LoadConfig:
     workers: int | None = None
     expert_policy: str = "auto"
     prefetch: Prefetch = "auto"
+    skip_experts_below: float = 0.0
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -132,6 +135,7 @@ class LoadConfig:
                 _check_number(name, value, 1, most, whole=True)
         if self.kv_type not in ("f16", "f32"):
             raise UsageError(f"kv_type={self.kv_type!r}: choose f16 or f32")
+        _check_number("skip_experts_below", self.skip_experts_below, 0.0, 1.0, whole=False)
         if self.prefetch not in ("auto", "on", "off"):
             raise UsageError(f"prefetch={self.prefetch!r}: choose auto, on or off")
 

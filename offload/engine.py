@@ -48,6 +48,7 @@ def load(
     workers: int | None = None,
     expert_policy: str = "auto",
     prefetch: str = "auto",
+    skip_experts_below: float = 0.0,
     trace: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
@@ -65,7 +66,8 @@ def load(
         BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
-                         workers=workers, expert_policy=expert_policy, prefetch=prefetch, trace=trace)  # fmt: skip
+                         workers=workers, expert_policy=expert_policy, prefetch=prefetch,
+                         skip_experts_below=skip_experts_below, trace=trace)  # fmt: skip
     return Engine(path, config, storage=storage, progress=progress)
 
 
@@ -192,6 +194,8 @@ class Engine:
             runner = self._open_runner
             if not runner.opened.model.experts:
                 raise UsageError(f"{self.model_name} has no experts, and so no routing to record")
+            if self.config.skip_experts_below:
+                raise UsageError("a trace is of all experts that routers choose: load without skip_experts_below")
             with recording(runner) as recorder:
                 if max_tokens:
                     self._guard(lambda: generate(self._decoder, runner, ids, request, cancel, lambda _: None, None))

@@ -48,6 +48,7 @@ class ExpertCache:
 
     Args:
         banks: by layer, in order. governor: says when reading ahead pays.
+        skip_below: experts with a smaller share of a token's router weights are left out; 0 leaves out none.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class ExpertCache:
         reader: Reader,
         telemetry: Telemetry,
         governor: Governor | None = None,
+        skip_below: float = 0.0,
     ) -> None:
         self._banks = banks
         self._backend = backend
         self._reader = reader
         self._telemetry = telemetry
         self._governor = governor or Governor(fixed=False)
+        self._skip_below = skip_below
         layers = list(banks)
         self._next_layer = dict(pairwise(layers))
         self._current: _Layer | None = None
@@ -74,6 +77,10 @@ class ExpertCache:
         Raises:
             StorageError: a file has shrunk.
         """
+        if self._skip_below:
+            for batch in range(len(choices)):
+                self._telemetry.experts_skipped += self._backend.skip(batch, layer, self._skip_below)
+            choices = [self._backend.routed(batch, layer) for batch in range(len(choices))]
         bank, needed = self._banks[layer], _union(layer, choices)
         passing = sum(len(choice) for choice in choices) != 1
         self._land_ahead()
@@ -81,7 +88,7 @@ class ExpertCache:
         claimed = sum([bank.claim(key) for key in needed])
         flights = self._promote(needed)
         missing = deque(sorted(key for key in needed if bank.slot(key) is None and key not in flights))
-        if not passing:
+        if not passing and needed:
             bank.chosen(layer, [key.expert for key in needed])
         self._telemetry.experts_demanded += len(needed)
         self._telemetry.experts_hit += len(needed) - len(missing) - len(flights) - claimed
@@ -233,5 +240,7 @@ def _union(layer: int, choices: Sequence[Ints]) -> dict[ExpertKey, list[int]]:
     for batch, choice in enumerate(choices):
         chosen = choice[0].tolist() if len(choice) == 1 else np.unique(choice).tolist()
         for expert in chosen:
+            if expert < 0:  # left out
+                continue
             needed.setdefault(ExpertKey(layer, expert), []).append(batch)
     return needed

@@ -47,12 +47,14 @@ class ExpertUse:
     Attributes:
         demanded: chosen. hits: of these, in memory since an earlier token.
         fetched_ahead: read before they were known to be needed. used_ahead: of these, needed then.
+        skipped: left out for their small router weight, and not counted as demanded; see `LoadConfig.skip_experts_below`.
     """
 
     demanded: int
     hits: int
     fetched_ahead: int
     used_ahead: int
+    skipped: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -71,6 +73,7 @@ class ExpertUse:
             hits=self.hits - earlier.hits,
             fetched_ahead=self.fetched_ahead - earlier.fetched_ahead,
             used_ahead=self.used_ahead - earlier.used_ahead,
+            skipped=self.skipped - earlier.skipped,
         )
 
 

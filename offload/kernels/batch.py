@@ -123,6 +123,13 @@ class Backend(Protocol):
         """
         ...
 
+    def skip(self, batch: int, layer: int, below: float) -> int:
+        """Leaves out the chosen experts whose share of a token's weights is smaller; tells how many.
+
+        `routed` has -1 in their place then, and they count as having returned zeros.
+        """
+        ...
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """What was guessed `ahead` layers before of a layer's choice, int32 [num_tokens, width], best first; a view.
 

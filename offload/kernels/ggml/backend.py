@@ -207,6 +207,10 @@ class GgmlBackend:
         """See `Backend.routed`."""
         return self._experts.routed(self._number(batch), layer, self._tokens_at(batch, layer))
 
+    def skip(self, batch: int, layer: int, below: float) -> int:
+        """See `Backend.skip`."""
+        return self._experts.skip(self._number(batch), layer, self._tokens_at(batch, layer), below)
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """See `Backend.foreseen`."""
         return self._experts.foreseen(self._number(batch), layer, ahead, self._tokens_at(batch, layer))

@@ -101,6 +101,16 @@ class ExpertLayers:
         kept: Ints = self._memory_of(number).ids[self._order[layer]].reshape(-1)
         return kept[: tokens * used].reshape(tokens, used)
 
+    def skip(self, number: int, layer: int, tokens: int, below: float) -> int:
+        """Leaves out the chosen experts whose share of a token's weights is smaller; tells how many."""
+        memory, ids = self._memory_of(number), self.routed(number, layer, tokens)
+        weights = memory.weights.reshape(-1)[: ids.size].reshape(ids.shape)
+        light = weights < below * weights.sum(axis=-1, keepdims=True)
+        ids[light] = -1
+        returned = memory.returned.reshape(-1, self._hidden_size)[: ids.size].reshape(*ids.shape, self._hidden_size)
+        returned[light] = 0
+        return int(light.sum())
+
     def foreseen(self, number: int, layer: int, ahead: int, tokens: int) -> Ints:
         """What was guessed of a layer's choice, [tokens, width], a view; no tokens where nothing was."""
         width, first = self._foresight.width, self._order[layer] < ahead
@@ -214,6 +224,10 @@ class GraphExperts:
     def keep_foreseen(self, layer: int, ahead: int, ids: int) -> None:
         """See `ops.Experts.keep_foreseen`."""
         self._layers.anchor(ids, self._layers.foreseen_address(self._memory, layer, ahead))
+
+    def keep_weights(self, weights: int) -> None:
+        """See `ops.Experts.keep_weights`."""
+        self._layers.anchor(weights, self._memory.weights.ctypes.data)
 
     def returned(self, tensor: int) -> None:
         """See `ops.Experts.returned`."""

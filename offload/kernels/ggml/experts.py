@@ -38,12 +38,13 @@ class Routed(NamedTuple):
     Attributes:
         ids: int32 [layers with experts, tokens, num_used], the choice of every layer of the pass.
         x: float32 [tokens, hidden_size], what the experts of the layer at hand get.
-        returned: float32 [tokens, num_used, hidden_size], what they return.
+        weights: float32 [tokens, num_used], of the layer's choice. returned: float32 [tokens, num_used, hidden_size].
         foreseen: int32 [lookahead, layers with experts, tokens * width], guesses of choices.
     """
 
     ids: npt.NDArray[np.int32]
     x: npt.NDArray[np.float32]
+    weights: npt.NDArray[np.float32]
     returned: npt.NDArray[np.float32]
     foreseen: npt.NDArray[np.int32]
 
@@ -217,6 +218,7 @@ def routing_memory(
     return Routed(
         np.zeros((layers, tokens, num_used), np.int32),
         np.zeros((rows, hidden_size), np.float32),
+        np.zeros((rows, num_used), np.float32),
         np.zeros((rows, num_used, hidden_size), np.float32),
         np.zeros((foresight.lookahead, layers, guessing * foresight.width), np.int32),
     )
@@ -224,4 +226,4 @@ def routing_memory(
 
 def routing_nbytes(layers: int, tokens: int, num_used: int, hidden_size: int) -> int:
     """Bytes of `routing_memory`."""
-    return tokens * (layers * num_used * 4 + (1 + num_used) * hidden_size * FLOAT_BYTES)
+    return tokens * (layers * num_used * 4 + (num_used + (1 + num_used) * hidden_size) * FLOAT_BYTES)

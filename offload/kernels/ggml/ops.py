@@ -67,6 +67,10 @@ class Experts(Protocol):
         """Puts such a guess, int32 [num_tokens, width], where it can be read after the piece."""
         ...
 
+    def keep_weights(self, weights: int) -> None:
+        """Puts the weights of the choice, float32 [num_tokens, num_used], where they can be read after the piece."""
+        ...
+
     def returned(self, tensor: int) -> None:
         """Lets a tensor [num_tokens, num_used, hidden_size] read what the experts returned."""
         ...
@@ -247,6 +251,7 @@ class GgmlOps:
         self._choices[routing.layer] = choice
         self._latest = choice.weights
         if not is_resident:
+            self._experts.keep_weights(self._recorder.copied(choice.weights))
             self._experts.end_piece()
 
     def foresee(self, x: Node, routing: Routing, ahead: int) -> None:

@@ -47,6 +47,12 @@ class Recorder:
         lib.ggml_build_forward_expand(self._graph, weights)
         return Choice(x, ids, weights, num_tokens)
 
+    def copied(self, tensor: int) -> int:
+        """A copy of a tensor, in the graph."""
+        copy = int(self._lib.ggml_cont(self._ctx, tensor))
+        self._lib.ggml_build_forward_expand(self._graph, copy)
+        return copy
+
     def rank(self, products: int, selection_bias: int | None, routing: Routing, count: int, num_tokens: int) -> int:
         """The `count` best experts in order, int32 [num_tokens, count], in the graph."""
         ids = self._best(self._scores(products, routing), selection_bias, routing, count, num_tokens)

@@ -144,6 +144,16 @@ class TorchBackend:
         chosen: Ints = experts.int().cpu().numpy()
         return chosen
 
+    @torch.inference_mode()
+    def skip(self, batch: int, layer: int, below: float) -> int:
+        """See `Backend.skip`."""
+        routed = self._ops[batch].routed.get(layer)
+        if routed is None:
+            return 0
+        light = routed.weights < below * routed.weights.sum(-1, keepdim=True)
+        routed.experts[light] = -1
+        return int(light.sum())
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """See `Backend.foreseen`."""
         ranked = self._ops[batch].foreseen.get((layer, ahead))
