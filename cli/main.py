@@ -34,6 +34,7 @@ COMMANDS: Final = {
     "doctor": "Measure this machine and say what is missing.",
     "trace": "Record what routers of a model with experts decide, and replay policies against it.",
     "tune": "Find what makes a model with experts fastest on this machine.",
+    "pack": "Write a side file with coarse copies of a model's experts.",
     "bench": "Measure prefill and decode speed, and the share of the disk's limit that was reached.",
 }
 EXIT_FAILED: Final = 1

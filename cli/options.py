@@ -152,6 +152,17 @@ class LoadOptions(PlanOptions):
             env="OFFLOAD_SKIP_EXPERTS_BELOW",
         ),
     ] = 0.0
+    expert_pack: Annotated[
+        Path | None, _memory("--expert-pack", about="A side file of `offload pack`.", env="OFFLOAD_EXPERT_PACK")
+    ] = None
+    coarse_experts_below: Annotated[
+        float,
+        _memory(
+            "--coarse-experts-below",
+            about="Read missing experts with a smaller share of the router's weights by half. Costs quality.",
+            env="OFFLOAD_COARSE_EXPERTS_BELOW",
+        ),
+    ] = 0.0
     workers: Annotated[int | None, _memory("--workers", about="Disk requests in flight.", env="OFFLOAD_WORKERS")] = None
     trace: Annotated[
         Path | None,
@@ -172,6 +183,8 @@ class LoadOptions(PlanOptions):
             "expert_policy": self.expert_policy,
             "prefetch": self.prefetch.value,
             "skip_experts_below": self.skip_experts_below,
+            "expert_pack": None if self.expert_pack is None else user_path(self.expert_pack),
+            "coarse_experts_below": self.coarse_experts_below,
             "workers": self.workers,
             "trace": self.trace is not None,
         }

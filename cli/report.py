@@ -95,6 +95,7 @@ def statistics_lines(statistics: Statistics, model_bytes: int) -> list[str]:
         lines.append(
             f"experts: {experts.demanded} chosen, {experts.hit_rate:.0%} of them in memory; "
             f"{experts.fetched_ahead} read ahead, {_share(experts.used_ahead, experts.fetched_ahead)} of these needed"
+            + (f"; {experts.coarse} computed with half of their bits" if experts.coarse else "")
             + (f"; {experts.skipped} left out" if experts.skipped else "")
         )
     share = resident_share(statistics.residency, model_bytes)

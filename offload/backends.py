@@ -22,6 +22,7 @@ from offload.kernels.ggml.backend import GgmlBackend
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
+from offload.packing import Pack
 from offload.plan import Plan
 from offload.prefetch.governor import Governor
 from offload.prefetch.policies import make_eviction
@@ -82,6 +83,7 @@ class _Host:
     stack: ExitStack
     foresight: Foresight = field(default_factory=Foresight)
     banks: list[ExpertBank] = field(default_factory=list)
+    pack: Pack | None = None
 
     def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
         slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
@@ -115,7 +117,7 @@ class _Host:
             slab = self.slab(most * spec.stride, prefault=most == num_slots)
             if most > num_slots:
                 slab.populate(0, align_up(num_slots * spec.stride))
-            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve)
+            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve, self.pack)
             self.banks.append(bank)
             before = 0
             for layer in spec.layers:
@@ -130,7 +132,9 @@ class _Host:
             first += _filling_order(spec, in_order=is_resident)
         banks = {layer: banks[layer] for layer in sorted(banks)}
         fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
-        cache = ExpertCache(banks, backend, reader, telemetry, Governor(fixed), config.skip_experts_below)
+        cache = ExpertCache(
+            banks, backend, reader, telemetry, Governor(fixed), config.skip_experts_below, config.coarse_experts_below
+        )
         cache.fill(first, report)
         fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
         if any(bank.reserve for bank in banks.values()):
@@ -163,7 +167,7 @@ class HostPlace:
     def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
         self._opened = opened
         self._config = config
-        self._host = _Host(stack)
+        self._host = _Host(stack, pack=opened.pack)
         self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
         stack.callback(self.backend.close)
         self._cache: Slab | None = None
@@ -245,7 +249,7 @@ class DevicePlace:
     def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
         self._opened = opened
         self._config = config
-        self._host = _Host(stack)
+        self._host = _Host(stack, pack=opened.pack)
         self._stack = stack
         self._tier: DeviceTier | None = None
         self._backend: TorchBackend | None = None

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Final, Literal
 
 from offload.errors import UsageError
@@ -110,6 +111,9 @@ class LoadConfig:
         prefetch: whether experts are read ahead of need: "on", "off", or "auto" for as long as a trial shows that it pays.
         skip_experts_below: leaves out experts whose share of a token's router weights is smaller, between 0 and 1. Changes
             what is computed, the same at every budget; 0, the default, changes nothing.
+        expert_pack: a side file of `offload pack`. coarse_experts_below: from it, experts that a decoded token gives a
+            smaller share of its router weights are read with half of their bits, when memory does not hold them. Changes
+            what is computed, and depends on what memory holds; 0 changes nothing.
         trace: record a timeline for `--trace`.
     """
 
@@ -123,6 +127,8 @@ class LoadConfig:
     expert_policy: str = "auto"
     prefetch: Prefetch = "auto"
     skip_experts_below: float = 0.0
+    expert_pack: Path | None = None
+    coarse_experts_below: float = 0.0
     trace: bool = False
 
     def __post_init__(self) -> None:
@@ -136,6 +142,11 @@ class LoadConfig:
         if self.kv_type not in ("f16", "f32"):
             raise UsageError(f"kv_type={self.kv_type!r}: choose f16 or f32")
         _check_number("skip_experts_below", self.skip_experts_below, 0.0, 1.0, whole=False)
+        _check_number("coarse_experts_below", self.coarse_experts_below, 0.0, 1.0, whole=False)
+        if self.coarse_experts_below and self.expert_pack is None:
+            raise UsageError(
+                "coarse_experts_below: needs a side file; write one with `offload pack` and give expert_pack"
+            )
         if self.prefetch not in ("auto", "on", "off"):
             raise UsageError(f"prefetch={self.prefetch!r}: choose auto, on or off")
 

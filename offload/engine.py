@@ -49,6 +49,8 @@ def load(
     expert_policy: str = "auto",
     prefetch: str = "auto",
     skip_experts_below: float = 0.0,
+    expert_pack: str | Path | None = None,
+    coarse_experts_below: float = 0.0,
     trace: bool = False,
     progress: Progress | None = None,
     storage: Storage | None = None,
@@ -67,7 +69,8 @@ def load(
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
                          workers=workers, expert_policy=expert_policy, prefetch=prefetch,
-                         skip_experts_below=skip_experts_below, trace=trace)  # fmt: skip
+                         skip_experts_below=skip_experts_below, expert_pack=expert_pack and Path(expert_pack),
+                         coarse_experts_below=coarse_experts_below, trace=trace)  # fmt: skip
     return Engine(path, config, storage=storage, progress=progress)
 
 
@@ -176,6 +179,16 @@ class Engine:
 
         return self._driver.submit(work, cancel).result()
 
+    def _stepwise_logits(self, ids: list[int]) -> Floats:
+        cancel = CancelToken()
+
+        def work() -> Floats:
+            self._check()
+            rows: Floats = self._guard(lambda: self._decoder.stepwise_logits(ids, cancel))
+            return rows
+
+        return self._driver.submit(work, cancel).result()
+
     def record_routing(self, prompt: Prompt, *, max_tokens: int = 0, origin: str = "", **options: Any) -> RoutingTrace:
         """What routers decide for a prompt, and for an answer to it of up to `max_tokens`.
 
@@ -205,13 +218,16 @@ class Engine:
 
         return self._driver.submit(work, cancel).result()
 
-    def log_likelihood(self, tokens: Prompt) -> Floats:
+    def log_likelihood(self, tokens: Prompt, *, one_by_one: bool = False) -> Floats:
         """Of every token of a text but the first, given those before it: nats, float32 [num_tokens - 1].
 
         Perplexity is `exp(-mean)`.
+
+        Args:
+            one_by_one: computes each token by itself, as answers are, where trades of quality apply that spare prompts.
         """
         ids = self._tokens(tokens)
-        logits = self.logits(ids)[:-1].astype(np.float64)
+        logits = (self._stepwise_logits(ids) if one_by_one else self.logits(ids))[:-1].astype(np.float64)
         logits -= logits.max(axis=-1, keepdims=True)
         chosen = logits[np.arange(len(logits)), ids[1:]]
         likelihood: Floats = (chosen - np.log(np.exp(logits).sum(axis=-1))).astype(np.float32)

@@ -19,7 +19,7 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from offload.blocks import ExpertKey
-from offload.expert_slots import ExpertBank, Flight
+from offload.expert_slots import ExpertBank, Flight, Form
 from offload.kernels.batch import Backend, Ints
 from offload.prefetch.governor import Governor
 from offload.telemetry import Telemetry
@@ -34,10 +34,12 @@ class _Layer(NamedTuple):
 
     Attributes:
         needed: which batches need an expert, by key. keep: all that must not go meanwhile.
+        forms: what is read of an expert, where it is not all of it.
     """
 
     needed: dict[ExpertKey, list[int]]
     keep: set[ExpertKey]
+    forms: dict[ExpertKey, Form]
     flights: deque[Flight]
     waiting: deque[ExpertKey]
     passing: bool
@@ -49,6 +51,7 @@ class ExpertCache:
     Args:
         banks: by layer, in order. governor: says when reading ahead pays.
         skip_below: experts with a smaller share of a token's router weights are left out; 0 leaves out none.
+        coarse_below: those that have to be read are read with half of their bits, where the banks have a pack.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class ExpertCache:
         telemetry: Telemetry,
         governor: Governor | None = None,
         skip_below: float = 0.0,
+        coarse_below: float = 0.0,
     ) -> None:
         self._banks = banks
         self._backend = backend
@@ -66,6 +70,7 @@ class ExpertCache:
         self._telemetry = telemetry
         self._governor = governor or Governor(fixed=False)
         self._skip_below = skip_below
+        self._coarse_below = coarse_below
         layers = list(banks)
         self._next_layer = dict(pairwise(layers))
         self._current: _Layer | None = None
@@ -87,13 +92,18 @@ class ExpertCache:
         guesses = [] if passing or not self._governor.allows else self._guesses(layer)
         claimed = sum([bank.claim(key) for key in needed])
         flights = self._promote(needed)
-        missing = deque(sorted(key for key in needed if bank.slot(key) is None and key not in flights))
+        absent = sorted(key for key in needed if bank.slot(key) is None and key not in flights)
+        light = self._light(layer, choices) if self._coarse_below and not passing else frozenset()
+        forms: dict[ExpertKey, Form] = {key: "coarse" for key in absent if key.expert in light}
+        forms |= {key: "rest" for key in needed if bank.is_coarse(key) and key.expert not in light}
+        missing = deque(key for key in needed if forms.get(key) == "rest")
+        missing.extend(absent)
         if not passing and needed:
             bank.chosen(layer, [key.expert for key in needed])
         self._telemetry.experts_demanded += len(needed)
-        self._telemetry.experts_hit += len(needed) - len(missing) - len(flights) - claimed
+        self._telemetry.experts_hit += len(needed) - len(absent) - len(flights) - claimed
         self._telemetry.guesses_used += claimed + len(flights)
-        self._current = _Layer(needed, {*needed, *guesses}, deque(flights.values()), missing, passing)
+        self._current = _Layer(needed, {*needed, *guesses}, forms, deque(flights.values()), missing, passing)
         self._start(bank, layer)
         if guesses:
             self._start_ahead(layer, guesses)
@@ -106,7 +116,7 @@ class ExpertCache:
         """
         current, bank = self._current, self._banks[layer]
         assert current is not None
-        ready = [key for key in current.needed if bank.slot(key) is not None]
+        ready = [key for key in current.needed if bank.slot(key) is not None and current.forms.get(key) != "rest"]
         while ready or current.flights or current.waiting:
             self._compute(layer, current, ready)
             for key in ready:
@@ -163,7 +173,7 @@ class ExpertCache:
         wanted = list(islice(current.waiting, max(0, most)))
         if not wanted:
             return
-        started = bank.start(wanted, layer, current.keep)
+        started = bank.start(wanted, layer, current.keep, current.forms)
         current.flights.extend(started)
         for _ in started:
             current.waiting.popleft()
@@ -190,6 +200,7 @@ class ExpertCache:
         for key in keys:
             slot = bank.slot(key)
             assert slot is not None
+            telemetry.experts_coarse += bank.is_coarse(key)
             for batch in current.needed[key]:
                 by_batch.setdefault(batch, {})[key.expert] = slot
         for batch, slots in by_batch.items():
@@ -197,6 +208,12 @@ class ExpertCache:
             telemetry.compute_s += kernels_s
             now = perf_counter()
             telemetry.span("compute", f"blk.{layer}.experts", now - kernels_s, now)
+
+    def _light(self, layer: int, choices: Sequence[Ints]) -> frozenset[int]:
+        """The experts that the only token gives a small share of its weights."""
+        batch = next(number for number, rows in enumerate(choices) if len(rows))
+        weights, choice = self._backend.weights(batch, layer)[0], choices[batch][0]
+        return frozenset(choice[weights < self._coarse_below * weights.sum()].tolist())
 
     # ---- what may be needed
 

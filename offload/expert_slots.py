@@ -10,24 +10,34 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict, deque
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Literal, NamedTuple
 
-from offload.blocks import ExpertKey
+import numpy as np
+
+from offload.bitplanes import Bytes, expand, refine
+from offload.blocks import ExpertKey, Extent
 from offload.expert_bank import BankSpec
 from offload.kernels.batch import ExpertPlace
+from offload.models.checkpoint.base import TensorInfo
+from offload.packing import Pack
 from offload.prefetch.eviction import Eviction
 from offload.tiers.base import Group, Reader, TransferHandle
 from offload.tiers.ram import HUGE_PAGE, Slab
 from offload.units import align_up
 
+Form = Literal["whole", "coarse", "rest"]
+"""What is read of an expert: all of it, or one of the halves of its bits, see `bitplanes`."""
+
 
 class Flight(NamedTuple):
-    """An expert on its way into a slot."""
+    """An expert, or a half of its bits, on its way into a slot."""
 
     key: ExpertKey
     slot: int
     handle: TransferHandle
+    form: Form = "whole"
 
 
 class ExpertBank:
@@ -35,12 +45,13 @@ class ExpertBank:
 
     Args:
         slab: memory of at least `num_slots` slots, of which these are resident.
-        reserve: how many slots experts may be read ahead into.
+        reserve: how many slots experts may be read ahead into. pack: where their halves are, if there is one.
     """
 
     def __init__(
-        self, spec: BankSpec, slab: Slab, num_slots: int, reader: Reader, policy: Eviction, reserve: int = 0
-    ) -> None:
+        self, spec: BankSpec, slab: Slab, num_slots: int, reader: Reader, policy: Eviction, reserve: int = 0,
+        pack: Pack | None = None,
+    ) -> None:  # fmt: skip
         assert num_slots * spec.stride <= slab.nbytes, (num_slots, spec.stride, slab.nbytes)
         self._most_slots = slab.nbytes // spec.stride
         self.spec = spec
@@ -53,6 +64,8 @@ class ExpertBank:
         self._offsets = {layer.layer: spec.offsets(layer) for layer in spec.layers}
         self._free = deque(range(num_slots))
         self._resident: dict[ExpertKey, int] = {}
+        self._pack = pack
+        self._coarse: set[ExpertKey] = set()
         self._reserved = 0  # slots of the reserve: idle ones, guesses that have arrived, and those on their way
         self._idle: list[int] = []
         self._guesses: OrderedDict[ExpertKey, int] = OrderedDict()
@@ -72,6 +85,10 @@ class ExpertBank:
     def has_free_slot(self) -> bool:
         """Whether an expert can come without another one going."""
         return bool(self._free)
+
+    def is_coarse(self, key: ExpertKey) -> bool:
+        """Whether a resident expert lacks the low half of its bits."""
+        return key in self._coarse
 
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
         """A token needs these experts, wherever they are."""
@@ -110,22 +127,32 @@ class ExpertBank:
 
     # ---- what is needed
 
-    def start(self, keys: Sequence[ExpertKey], layer: int, keep: Collection[ExpertKey]) -> list[Flight]:
+    def start(
+        self, keys: Sequence[ExpertKey], layer: int, keep: Collection[ExpertKey],
+        forms: Mapping[ExpertKey, Form] = MappingProxyType({}),
+    ) -> list[Flight]:  # fmt: skip
         """Starts reading experts in one submission; fewer than `keys` where slots hold what must stay.
 
         Args:
-            layer: where the token is. keep: experts that must not go.
+            layer: where the token is. keep: experts that must not go. forms: of those that are not read whole.
 
         Raises:
             StorageError: a file has shrunk.
         """
         self._vacate(len(keys), layer, keep, more=self.reserve - self._reserved)
         taken = [(key, self._free.popleft()) for key in keys[: len(self._free)]]
-        return self._read(taken, self._free, background=False)
+        return self._read(taken, self._free, forms, background=False)
 
     def land(self, flight: Flight, *, passing: bool) -> None:
         """A flight has ended well, and its expert is needed."""
-        self._settle(flight)
+        if flight.form == "rest":
+            self._refine(flight)
+            return
+        if flight.form == "coarse":
+            self._expand(flight)
+            self._coarse.add(flight.key)
+        else:
+            self._settle(flight)
         self._resident[flight.key] = flight.slot
         self._policy.add(flight.key, passing=passing)
 
@@ -146,7 +173,7 @@ class ExpertBank:
         while len(self._idle) < len(keys) and self._guesses:
             self._idle.append(self._guesses.popitem(last=False)[1])
         taken = [(key, self._idle.pop()) for key in keys[: len(self._idle)]]
-        return self._read(taken, self._idle, background=True)
+        return self._read(taken, self._idle, {}, background=True)
 
     def land_ahead(self, flight: Flight) -> None:
         """A background flight has ended, and nobody has asked for its expert yet."""
@@ -179,24 +206,61 @@ class ExpertBank:
         if missing > 0:
             for victim in self._policy.victims(layer, missing + more, keep):
                 self._policy.remove(victim)
+                self._coarse.discard(victim)
                 self._free.append(self._resident.pop(victim))
 
     def _read(
-        self, taken: Sequence[tuple[ExpertKey, int]], source: deque[int] | list[int], *, background: bool
-    ) -> list[Flight]:
+        self, taken: Sequence[tuple[ExpertKey, int]], source: deque[int] | list[int], forms: Mapping[ExpertKey, Form],
+        *, background: bool,
+    ) -> list[Flight]:  # fmt: skip
+        flights = [(key, slot, forms.get(key, "whole")) for key, slot in taken]
         try:
-            handles = self._reader.read_groups([self._group(key, slot) for key, slot in taken], background=background)
+            handles = self._reader.read_groups([self._group(*flight) for flight in flights], background=background)
         except BaseException:
             source.extend(slot for _, slot in taken)
             raise
-        return [Flight(key, slot, handle) for (key, slot), handle in zip(taken, handles, strict=True)]
+        return [Flight(key, slot, handle, form) for (key, slot, form), handle in zip(flights, handles, strict=True)]
 
-    def _group(self, key: ExpertKey, slot: int) -> Group:
-        matrices, base = self._layers[key.layer].experts[key.expert], slot * self.spec.stride
+    def _group(self, key: ExpertKey, slot: int, form: Form) -> Group:
+        base = slot * self.spec.stride
         return [
-            (matrix.extent, self._slab.view(base + start, window))
-            for matrix, start, window in zip(matrices, self.spec.starts, self.spec.windows, strict=True)
+            (extent, self._slab.view(base + start, window))
+            for extent, start, window in zip(self._extents(key, form), self.spec.starts, self.spec.windows, strict=True)
         ]
+
+    def _extents(self, key: ExpertKey, form: Form) -> Sequence[Extent]:
+        if form == "whole":
+            return [matrix.extent for matrix in self._layers[key.layer].experts[key.expert]]
+        assert self._pack is not None
+        planes = self._pack.experts[key]
+        return planes.high if form == "coarse" else planes.low
+
+    def _expand(self, flight: Flight) -> None:
+        """Makes coarse matrices of the high planes that have landed in a slot."""
+        for matrix, high, blocks in self._landed(flight, flight.slot):
+            expand(high.copy(), matrix.element, blocks)
+
+    def _refine(self, flight: Flight) -> None:
+        """Completes a resident expert by the low planes that have landed in another slot, which is free again."""
+        for matrix, low, blocks in self._landed(flight, self._resident[flight.key]):
+            refine(blocks, low, matrix.element)
+        self._coarse.discard(flight.key)
+        self._free.append(flight.slot)
+
+    def _landed(self, flight: Flight, slot: int) -> Iterator[tuple[TensorInfo, Bytes, Bytes]]:
+        """For each matrix: its planes where they have landed, and its blocks in `slot`; both [blocks, bytes]."""
+        matrices = self._layers[flight.key.layer].experts[flight.key.expert]
+        extents = self._extents(flight.key, flight.form)
+        places = zip(matrices, extents, self.spec.starts, self._offsets[flight.key.layer], strict=True)
+        for matrix, extent, start, offset in places:
+            count = matrix.nbytes // matrix.element.block_bytes
+            planes = self._slab.view(flight.slot * self.spec.stride + start + extent.lead, extent.nbytes)
+            blocks = self._slab.view(slot * self.spec.stride + offset, matrix.nbytes)
+            yield (
+                matrix,
+                np.frombuffer(planes, np.uint8).reshape(count, -1),
+                np.frombuffer(blocks, np.uint8).reshape(count, -1),
+            )
 
     def _settle(self, flight: Flight) -> None:
         """Moves the matrices of an expert to where kernels look for those of its layer, when they lie elsewhere."""

@@ -114,6 +114,13 @@ class Decoder:
         self._kv.clear()
         return result
 
+    def stepwise_logits(self, tokens: Sequence[int], cancel: CancelToken) -> Floats:
+        """`all_logits`, each token by itself as when an answer is decoded."""
+        first, _ = self.prefill(tokens[:1], cancel, None)
+        rows = [first, *(self.step(token, cancel) for token in tokens[1:])]
+        self._kv.clear()
+        return np.stack(rows)
+
     def _forward(self, tokens: Sequence[int], batches: Sequence[MicroBatch], cancel: CancelToken) -> None:
         start = perf_counter()
         hidden = self._runner.table.rows(tokens, cancel)

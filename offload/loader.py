@@ -44,9 +44,8 @@ class Runner:
 
     def _load(self, place: Place, config: LoadConfig, storage: Storage, progress: Progress | None) -> None:
         self.plan: Plan = plan_for(self.opened, config, place.footprint())
-        self.reader = NvmeReader(
-            storage, self.opened.checkpoint.files, workers_for(self.opened, config), on_read=self._on_read()
-        )
+        files = [*self.opened.checkpoint.files, *([self.opened.pack.path] if self.opened.pack is not None else [])]
+        self.reader = NvmeReader(storage, files, workers_for(self.opened, config), on_read=self._on_read())
         self._stack.callback(self.reader.close)
         for name, vector in self.opened.model.vectors.items():
             place.place_vector(name, self._read_vector(vector))

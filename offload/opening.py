@@ -21,6 +21,7 @@ from offload.models.checkpoint.base import Checkpoint
 from offload.models.registry import build_model, default_context
 from offload.models.text import open_tokenizer
 from offload.models.text.base import Tokenizer
+from offload.packing import Pack, open_pack
 from offload.plan import Demand, Plan, make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
@@ -35,7 +36,10 @@ _SMALL_PROBE_BYTES: Final = 24 * MIB  # within the least that any model needs
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """A checkpoint described, before any memory is planned. `device` is a torch device, None for the ggml backend."""
+    """A checkpoint described, before any memory is planned. `device` is a torch device, None for the ggml backend.
+
+    `pack`: a side file with halves of its experts.
+    """
 
     checkpoint: Checkpoint
     model: Model
@@ -43,6 +47,7 @@ class Opened:
     ctx: int
     threads: int
     device: str | None = None
+    pack: Pack | None = None
 
     def close(self) -> None:
         """Frees the tokenizer. Idempotent."""
@@ -70,6 +75,7 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
         ctx=ctx,
         threads=config.threads or default_threads(),
         device=device,
+        pack=None if config.expert_pack is None else open_pack(config.expert_pack, checkpoint, model),
     )
 
 

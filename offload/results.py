@@ -47,6 +47,7 @@ class ExpertUse:
     Attributes:
         demanded: chosen. hits: of these, in memory since an earlier token.
         fetched_ahead: read before they were known to be needed. used_ahead: of these, needed then.
+        coarse: computed from a copy of half of the bits; see `LoadConfig.coarse_experts_below`.
         skipped: left out for their small router weight, and not counted as demanded; see `LoadConfig.skip_experts_below`.
     """
 
@@ -55,6 +56,7 @@ class ExpertUse:
     fetched_ahead: int
     used_ahead: int
     skipped: int = 0
+    coarse: int = 0
 
     @property
     def hit_rate(self) -> float:
@@ -74,6 +76,7 @@ class ExpertUse:
             fetched_ahead=self.fetched_ahead - earlier.fetched_ahead,
             used_ahead=self.used_ahead - earlier.used_ahead,
             skipped=self.skipped - earlier.skipped,
+            coarse=self.coarse - earlier.coarse,
         )
 
 

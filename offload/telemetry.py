@@ -29,13 +29,13 @@ class Telemetry:
     Attributes:
         demands, hits: of blocks, and those that were found in memory.
         experts_demanded, experts_hit: of experts, and those that memory held from earlier tokens.
-        experts_skipped: chosen, and left out for their small weight.
+        experts_coarse: computed from a coarse copy. experts_skipped: chosen, and left out for their small weight.
         guesses, guesses_used: experts that were read ahead, and those that were then needed.
     """
 
     __slots__ = (
-        "compute_s", "demands", "experts_demanded", "experts_hit", "experts_skipped", "guesses", "guesses_used", "hits",
-        "pass_s", "passes", "timeline", "tokens", "wait_s",
+        "compute_s", "demands", "experts_coarse", "experts_demanded", "experts_hit", "experts_skipped", "guesses",
+        "guesses_used", "hits", "pass_s", "passes", "timeline", "tokens", "wait_s",
     )  # fmt: skip
 
     def __init__(self, *, timeline: bool = False) -> None:
@@ -49,6 +49,7 @@ class Telemetry:
         self.experts_demanded = 0
         self.experts_hit = 0
         self.experts_skipped = 0
+        self.experts_coarse = 0
         self.guesses = 0
         self.guesses_used = 0
         self.timeline: deque[Event] | None = deque(maxlen=TIMELINE_EVENTS) if timeline else None
@@ -77,6 +78,7 @@ class Telemetry:
             fetched_ahead=self.guesses,
             used_ahead=self.guesses_used,
             skipped=self.experts_skipped,
+            coarse=self.experts_coarse,
         )
 
     @property

@@ -130,6 +130,10 @@ class Backend(Protocol):
         """
         ...
 
+    def weights(self, batch: int, layer: int) -> Floats:
+        """How the router weighs the chosen experts, float32 [num_tokens, num_used]; until the next layer's choice."""
+        ...
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """What was guessed `ahead` layers before of a layer's choice, int32 [num_tokens, width], best first; a view.
 

@@ -211,6 +211,10 @@ class GgmlBackend:
         """See `Backend.skip`."""
         return self._experts.skip(self._number(batch), layer, self._tokens_at(batch, layer), below)
 
+    def weights(self, batch: int, layer: int) -> Floats:
+        """See `Backend.weights`."""
+        return self._experts.weights(self._number(batch), layer, self._tokens_at(batch, layer))
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """See `Backend.foreseen`."""
         return self._experts.foreseen(self._number(batch), layer, ahead, self._tokens_at(batch, layer))

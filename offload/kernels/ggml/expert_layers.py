@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
-from offload.kernels.batch import ExpertPlace, Foresight, Ints
+from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints
 from offload.kernels.ggml.experts import Anchor, Chosen, ExpertKernels, Routed, Where, routing_memory, routing_nbytes
 from offload.kernels.ggml.library import FLOAT_BYTES, STATUS_SUCCESS, Library
 from offload.kernels.ggml.routing import Choice
@@ -104,12 +104,18 @@ class ExpertLayers:
     def skip(self, number: int, layer: int, tokens: int, below: float) -> int:
         """Leaves out the chosen experts whose share of a token's weights is smaller; tells how many."""
         memory, ids = self._memory_of(number), self.routed(number, layer, tokens)
-        weights = memory.weights.reshape(-1)[: ids.size].reshape(ids.shape)
+        weights = self.weights(number, layer, tokens)
         light = weights < below * weights.sum(axis=-1, keepdims=True)
         ids[light] = -1
         returned = memory.returned.reshape(-1, self._hidden_size)[: ids.size].reshape(*ids.shape, self._hidden_size)
         returned[light] = 0
         return int(light.sum())
+
+    def weights(self, number: int, layer: int, tokens: int) -> Floats:
+        """How the router weighs what it chose for so many tokens, [tokens, num_used], a view."""
+        used = self._layers[layer].num_used
+        kept: Floats = self._memory_of(number).weights.reshape(-1)[: tokens * used].reshape(tokens, used)
+        return kept
 
     def foreseen(self, number: int, layer: int, ahead: int, tokens: int) -> Ints:
         """What was guessed of a layer's choice, [tokens, width], a view; no tokens where nothing was."""

@@ -154,6 +154,11 @@ class TorchBackend:
         routed.experts[light] = -1
         return int(light.sum())
 
+    def weights(self, batch: int, layer: int) -> Floats:
+        """See `Backend.weights`."""
+        weights: Floats = self._ops[batch].routed[layer].weights.cpu().numpy()
+        return weights
+
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """See `Backend.foreseen`."""
         ranked = self._ops[batch].foreseen.get((layer, ahead))
