@@ -203,16 +203,23 @@ class Assembly:
             return None
         return self.norm(name, self.shape.head_dim * (num_heads if kind == "whole" else 1))
 
-    def vector(self, name: str, length: int, offset: float = 0.0, *, each: int | None = None) -> str:
-        """Registers a stored vector, or one for `each` of so many experts, and returns its name."""
+    def vector(
+        self, name: str, length: int, offset: float = 0.0, *, each: int | None = None, start: int = 0, step: int = 1,
+        called: str | None = None,
+    ) -> str:  # fmt: skip
+        """Registers a stored vector, or one for `each` of so many experts, and returns its name.
+
+        Args:
+            start, step: which elements of the stored one it has. called: another name for it.
+        """
         tensor = self.tensor(name, 1 if each is None else 2)
         self.check(tensor, name, (length,) if each is None else (each, length))
         if tensor.element.is_quantized:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: a vector of type {tensor.element} is not supported"
             )
-        self._vectors[name] = Vector(tensor=tensor, offset=offset)
-        return name
+        self._vectors[called or name] = Vector(tensor=tensor, offset=offset, start=start, step=step)
+        return called or name
 
     def constant(self, name: str, values: tuple[float, ...]) -> str:
         """Registers a computed vector and returns its name."""
@@ -260,11 +267,16 @@ class Assembly:
         self._matrices[name] = replace(tensor, shape=shape)
         return name
 
-    def tensor(self, name: str, rank: int) -> TensorInfo:
-        """The stored tensor `name`, which must have `rank` dimensions."""
+    def raw_tensor(self, name: str) -> TensorInfo:
+        """The stored tensor `name`, of whatever type."""
         tensor = self._tensors.get(name)
         if tensor is None:
             raise self.error(name, f"is missing; {self.checkpoint.architecture} needs it")
+        return tensor
+
+    def tensor(self, name: str, rank: int) -> TensorInfo:
+        """The stored tensor `name`, which must have `rank` dimensions."""
+        tensor = self.raw_tensor(name)
         if tensor.element.name in INTEGER_OR_DOUBLE:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: weights of type {tensor.element} are not supported"

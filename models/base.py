@@ -16,8 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
+from offload.blocks import Extent
 from offload.kernels.ops import Activation, Ops, T
 from offload.models.checkpoint.base import TensorInfo
 
@@ -26,12 +27,22 @@ from offload.models.checkpoint.base import TensorInfo
 class Vector:
     """A small float32 vector: read from a tensor (plus `offset` on every element) or given as `values`.
 
-    A tensor of two dimensions is one vector for each expert.
+    A tensor of two dimensions is one vector for each expert. Of each, every `step`-th element from `start` on is taken.
     """
 
     tensor: TensorInfo | None = None
     offset: float = 0.0
     values: tuple[float, ...] = ()
+    start: int = 0
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[length], or [num_experts, length]."""
+        if self.tensor is None:
+            return (len(self.values),)
+        *outer, stored = self.tensor.shape
+        return (*outer, len(range(self.start, stored, self.step)))
 
 
 class Stage(Protocol):
@@ -78,6 +89,17 @@ class ExpertMatrices(NamedTuple):
     down: TensorInfo
 
 
+class Stored(NamedTuple):
+    """Experts that lie in a file as kernels do not compute with them, see `offload.unpacking`.
+
+    Attributes:
+        kind: how they are stored. extents: by expert, what has to be read for its matrices.
+    """
+
+    kind: Literal["transposed", "mxfp4_blocks"]
+    extents: tuple[tuple[Extent, ...], ...]
+
+
 class ExpertBiases(NamedTuple):
     """Names of vectors [num_experts, out_features] that are added to the products with an expert's matrices."""
 
@@ -91,7 +113,8 @@ class ExpertLayer:
     """The experts of a layer: gated feed-forwards of one shape, of which the router chooses a few for each token.
 
     Attributes:
-        experts: the matrices of each. num_used: how many a token needs.
+        experts: the matrices of each, as kernels want them. num_used: how many a token needs.
+        stored: how they lie in the file instead, or None; the extents of `experts` then only tell sizes.
         biases: always resident, as all vectors; or None.
     """
 
@@ -100,6 +123,7 @@ class ExpertLayer:
     activation: Activation
     experts: tuple[ExpertMatrices, ...]
     biases: ExpertBiases | None = None
+    stored: Stored | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
     blk.3.ffn_gate_exps.weight     [num_experts, width, hidden_size]          GGUF; likewise ffn_up_exps, ffn_down_exps
     blk.3.ffn_gate_up_exps.weight  [num_experts, 2 * width, hidden_size]      gate, then up, of every expert
+    blk.3.experts.gate_up_proj ..                                             gpt-oss, see `models.stored_experts`
     blk.3.ffn_gate.7.weight        [width, hidden_size]                       most Hugging Face checkpoints, old GGUFs
 
 Whatever the file does, an expert is three matrices that lie somewhere in it.
@@ -13,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from offload.kernels.ops import Activation, Routing
 from offload.models.assembly import Assembly
-from offload.models.base import ExpertBiases, ExpertLayer, ExpertMatrices
+from offload.models.base import ExpertBiases, ExpertLayer, ExpertMatrices, Stored
 from offload.models.checkpoint.base import TensorInfo
 from offload.models.layers import Norm, Projection
 from offload.models.mixture import MixStage, RouterStage, SharedExpert
+from offload.models.stored_experts import is_stored, stored_biases, stored_experts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +57,20 @@ def add_mixture(
         bias=router.bias,
         selection_bias=None if selection is None else parts.vector(f"{prefix}{selection}", routing.num_experts),
     )
+    sizes = (parts, prefix, routing.num_experts, width)
+    stored: Stored | None = None
+    biases: ExpertBiases | None
+    if is_stored(parts, prefix):
+        (matrices, stored), biases = stored_experts(*sizes), stored_biases(*sizes)
+    else:
+        matrices, biases = _matrices(*sizes), _biases(*sizes)
     experts = ExpertLayer(
         layer=layer,
         num_used=routing.num_used,
         activation=activation,
-        experts=_matrices(parts, prefix, routing.num_experts, width),
-        biases=_biases(parts, prefix, routing.num_experts, width),
+        experts=matrices,
+        biases=biases,
+        stored=stored,
     )
     normed = parts.norm(f"{prefix}{norm}.weight")
     parts.mixture(

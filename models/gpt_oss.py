@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
-from offload.errors import UnsupportedError
 from offload.models.arithmetic import inverse_sqrt
 from offload.models.assembly import Assembly
 from offload.models.base import Model
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.expert_assembly import add_mixture
 from offload.models.hyperparameters import MixtureShape, Shape, pattern, settings_of, sliding_windows
-from offload.models.naming import EXPERT_LAYER_NAMES, rename
+from offload.models.naming import LAYER_NAMES, rename
 from offload.models.rope import rope_of
 
 DEFAULTS: Final[dict[str, object]] = {
@@ -32,15 +32,20 @@ DEFAULTS: Final[dict[str, object]] = {
     "num_experts_per_tok": 4,
 }
 
+SCHEMES: Final = ("mxfp4",)
+"""In which safetensors may be quantized."""
+_LAYER_NAMES: Final = LAYER_NAMES | {
+    "mlp.router": "ffn_gate_inp",
+    "post_attention_layernorm": "post_attention_norm",
+}
+_OWN_NAME: Final = re.compile(r"model\.layers\.([0-9]+)\.(self_attn\.sinks|mlp\.experts\.[a-z_]+)")
+
 
 def build(checkpoint: Checkpoint, ctx: int) -> Model:
     """The model that a checkpoint holds, to be run with a context of `ctx` tokens."""
-    if checkpoint.format != "gguf":
-        raise UnsupportedError(
-            f"{checkpoint.path}: gpt-oss is run from GGUF files only; its safetensors are not supported"
-        )
-    settings = settings_of(checkpoint, DEFAULTS)
-    shape, sizes = Shape.read(settings, len(checkpoint.tensors)), MixtureShape.read(settings)
+    settings = settings_of(checkpoint, DEFAULTS, SCHEMES)
+    shape = Shape.read(settings, len(checkpoint.tensors))
+    sizes = MixtureShape.read(settings, None if settings.is_gguf else shape.intermediate_size)
     parts = Assembly(checkpoint, shape, canonical_name)
     rope = rope_of(settings, parts, ctx)
     window = settings.optional_count("sliding_window")
@@ -54,5 +59,9 @@ def build(checkpoint: Checkpoint, ctx: int) -> Model:
 
 
 def canonical_name(name: str) -> str:
-    """GGUF's name of a Hugging Face tensor."""
-    return rename(name, EXPERT_LAYER_NAMES)
+    """GGUF's name of a Hugging Face tensor, where it has one; what experts are stored as has not."""
+    match = _OWN_NAME.fullmatch(name)
+    if match is None:
+        return rename(name, _LAYER_NAMES)
+    layer, module = match.groups()
+    return f"blk.{layer}.{'attn_sinks.weight' if module == 'self_attn.sinks' else module.removeprefix('mlp.')}"

@@ -6,7 +6,7 @@ A number is asked for under Hugging Face's name; `GGUF_KEYS` has GGUF's. Knows n
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeGuard
@@ -190,8 +190,11 @@ def _is_sane(value: object) -> TypeGuard[float]:
     return not isinstance(value, bool) and isinstance(value, (int, float)) and _SMALLEST <= value <= _LARGEST
 
 
-def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object]) -> Settings:
+def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object], schemes: Collection[str] = ()) -> Settings:
     """The settings of a checkpoint; `defaults` stand in for absent keys of a config.json, never for those of a GGUF.
+
+    Args:
+        schemes: in which a Hugging Face checkpoint of the family may be quantized.
 
     Raises:
         UnsupportedError: the weights are quantized in a scheme of their own, or there are experts where none belong.
@@ -205,9 +208,11 @@ def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object]) -> Setti
     quantization = config.section("quantization_config")
     if quantization is not None:
         method = quantization.text("quant_method", "unknown")
-        raise UnsupportedError(
-            f"{checkpoint.path}: weights are quantized by {method!r}; use the original weights or a GGUF of this model"
-        )
+        if method not in schemes:
+            raise UnsupportedError(
+                f"{checkpoint.path}: weights are quantized by {method!r}; "
+                "use the original weights or a GGUF of this model"
+            )
     config = config.section("text_config") or config
     return Settings(checkpoint.path, ChainMap(dict(config.values), dict(defaults)))
 

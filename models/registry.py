@@ -32,10 +32,11 @@ from offload.models.hyperparameters import settings_of
 
 
 class Family(NamedTuple):
-    """An architecture: how to build it, and what its config.json may leave out."""
+    """An architecture: how to build it, what its config.json may leave out, and in which schemes it may be quantized."""
 
     build: Callable[[Checkpoint, int], Model]
     defaults: Mapping[str, object]
+    schemes: tuple[str, ...] = ()
 
 
 FAMILIES: Final[Mapping[str, Family]] = {
@@ -45,7 +46,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "gemma3": Family(gemma3.build, gemma3.DEFAULTS),
     "gemma3_text": Family(gemma3.build, gemma3.DEFAULTS),
     "glm4_moe": Family(glm4_moe.build, glm4_moe.DEFAULTS),
-    "gpt_oss": Family(gpt_oss.build, gpt_oss.DEFAULTS),
+    "gpt_oss": Family(gpt_oss.build, gpt_oss.DEFAULTS, gpt_oss.SCHEMES),
     "granite": Family(granite.build, granite.DEFAULTS),
     "granitemoe": Family(granitemoe.build, granitemoe.DEFAULTS),
     "llama": Family(llama.build, llama.DEFAULTS),
@@ -87,7 +88,8 @@ def default_context(checkpoint: Checkpoint) -> int:
         UnsupportedError: the architecture is not implemented.
         CheckpointError: the length is missing or not a positive integer.
     """
-    return settings_of(checkpoint, _family(checkpoint).defaults).count("max_position_embeddings")
+    family = _family(checkpoint)
+    return settings_of(checkpoint, family.defaults, family.schemes).count("max_position_embeddings")
 
 
 def _family(checkpoint: Checkpoint) -> Family:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from typing import Final
 
 from offload.bank_plan import BankDemand, Curve
@@ -186,8 +186,7 @@ def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:
 
 
 def _vector_nbytes(model: Model, name: str) -> int:
-    vector = model.vectors[name]
-    return 4 * (len(vector.values) if vector.tensor is None else vector.tensor.num_elements)
+    return 4 * prod(model.vectors[name].shape)
 
 
 def _table_scratch(table: TensorInfo, rows: int) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from offload.models.base import ExpertLayer, ExpertMatrices, Model
+from offload.blocks import Extent
+from offload.models.base import ExpertLayer, Model
 from offload.units import PAGE, align_up
 
 
@@ -54,6 +55,20 @@ class BankSpec:
         gate, up, _ = self.windows
         return 0, gate, gate + up
 
+    def landing(self, layer: ExpertLayer, expert: int) -> list[tuple[Extent, int]]:
+        """What is read of an expert, and where in its slot each part lands: page-aligned windows, one after the other.
+
+        Where the file holds matrices as kernels want them, these are the windows that they stay in.
+        """
+        if layer.stored is None:
+            extents = [matrix.extent for matrix in layer.experts[expert]]
+            return list(zip(extents, self.starts, strict=True))
+        parts, start = [], 0
+        for extent in layer.stored.extents[expert]:
+            parts.append((extent, start))
+            start += align_up(extent.nbytes) + PAGE
+        return parts
+
     def offsets(self, layer: ExpertLayer) -> tuple[int, int, int]:
         """Where the matrices of a layer lie in a slot."""
         gate, up, down = (
@@ -67,7 +82,7 @@ def expert_banks(model: Model) -> tuple[BankSpec, ...]:
     shared: dict[tuple[object, ...], list[ExpertLayer]] = defaultdict(list)
     for layer in model.experts.values():
         shared[_kind(layer)].append(layer)
-    return tuple(BankSpec(layers=tuple(layers), windows=_windows(layers[0].experts[0])) for layers in shared.values())
+    return tuple(BankSpec(layers=tuple(layers), windows=_windows(layers[0])) for layers in shared.values())
 
 
 def expert_nbytes(layer: ExpertLayer) -> int:
@@ -75,11 +90,15 @@ def expert_nbytes(layer: ExpertLayer) -> int:
     return sum(matrix.nbytes for matrix in layer.experts[0])
 
 
-def _windows(matrices: ExpertMatrices) -> tuple[int, int, int]:
-    gate, up, down = (align_up(matrix.nbytes) + PAGE for matrix in matrices)
+def _windows(layer: ExpertLayer) -> tuple[int, int, int]:
+    gate, up, down = (align_up(matrix.nbytes) + PAGE for matrix in layer.experts[0])
+    if layer.stored is not None:  # what is read lands in the same slot, and has windows of its own
+        landing = sum(align_up(extent.nbytes) + PAGE for extent in layer.stored.extents[0])
+        down += max(0, landing - gate - up - down)
     return gate, up, down
 
 
 def _kind(layer: ExpertLayer) -> tuple[object, ...]:
     shapes = tuple((matrix.element.name, matrix.shape) for matrix in layer.experts[0])
-    return (len(layer.experts), layer.num_used, layer.activation, layer.biases is None, shapes)
+    stored = None if layer.stored is None else layer.stored.kind
+    return (len(layer.experts), layer.num_used, layer.activation, layer.biases is None, shapes, stored)

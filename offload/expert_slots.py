@@ -20,12 +20,14 @@ from offload.bitplanes import Bytes, expand, refine
 from offload.blocks import ExpertKey, Extent
 from offload.expert_bank import BankSpec
 from offload.kernels.batch import ExpertPlace
+from offload.models.base import Stored
 from offload.models.checkpoint.base import TensorInfo
 from offload.packing import Pack
 from offload.prefetch.eviction import Eviction
 from offload.tiers.base import Group, Reader, TransferHandle
 from offload.tiers.ram import HUGE_PAGE, Slab
 from offload.units import align_up
+from offload.unpacking import unpack
 
 Form = Literal["whole", "coarse", "rest"]
 """What is read of an expert: all of it, or one of the halves of its bits, see `bitplanes`."""
@@ -224,16 +226,16 @@ class ExpertBank:
     def _group(self, key: ExpertKey, slot: int, form: Form) -> Group:
         base = slot * self.spec.stride
         return [
-            (extent, self._slab.view(base + start, window))
-            for extent, start, window in zip(self._extents(key, form), self.spec.starts, self.spec.windows, strict=True)
+            (extent, self._slab.view(base + start, extent.window_nbytes)) for extent, start in self._parts(key, form)
         ]
 
-    def _extents(self, key: ExpertKey, form: Form) -> Sequence[Extent]:
+    def _parts(self, key: ExpertKey, form: Form) -> list[tuple[Extent, int]]:
+        """What is read, and where in a slot it lands."""
         if form == "whole":
-            return [matrix.extent for matrix in self._layers[key.layer].experts[key.expert]]
+            return self.spec.landing(self._layers[key.layer], key.expert)
         assert self._pack is not None
         planes = self._pack.experts[key]
-        return planes.high if form == "coarse" else planes.low
+        return list(zip(planes.high if form == "coarse" else planes.low, self.spec.starts, strict=True))
 
     def _expand(self, flight: Flight) -> None:
         """Makes coarse matrices of the high planes that have landed in a slot."""
@@ -250,23 +252,37 @@ class ExpertBank:
     def _landed(self, flight: Flight, slot: int) -> Iterator[tuple[TensorInfo, Bytes, Bytes]]:
         """For each matrix: its planes where they have landed, and its blocks in `slot`; both [blocks, bytes]."""
         matrices = self._layers[flight.key.layer].experts[flight.key.expert]
-        extents = self._extents(flight.key, flight.form)
-        places = zip(matrices, extents, self.spec.starts, self._offsets[flight.key.layer], strict=True)
-        for matrix, extent, start, offset in places:
+        places = zip(matrices, self._parts(flight.key, flight.form), self._offsets[flight.key.layer], strict=True)
+        for matrix, (extent, start), offset in places:
             count = matrix.nbytes // matrix.element.block_bytes
             planes = self._slab.view(flight.slot * self.spec.stride + start + extent.lead, extent.nbytes)
             blocks = self._slab.view(slot * self.spec.stride + offset, matrix.nbytes)
-            yield (
-                matrix,
-                np.frombuffer(planes, np.uint8).reshape(count, -1),
-                np.frombuffer(blocks, np.uint8).reshape(count, -1),
-            )
+            yield matrix, _rows(planes, count), _rows(blocks, count)
+
+    def _unpack(self, flight: Flight, stored: Stored) -> None:
+        """Makes matrices of what has landed in a slot, in the same slot."""
+        base, layer = flight.slot * self.spec.stride, self._layers[flight.key.layer]
+        parts = [
+            np.frombuffer(bytes(self._slab.view(base + start + extent.lead, extent.nbytes)), np.uint8)
+            for extent, start in self._parts(flight.key, flight.form)
+        ]
+        matrices = unpack(stored, parts, layer.experts[flight.key.expert])
+        for values, offset in zip(matrices, self._offsets[flight.key.layer], strict=True):
+            self._slab.view(base + offset, values.nbytes)[:] = values.data
 
     def _settle(self, flight: Flight) -> None:
         """Moves the matrices of an expert to where kernels look for those of its layer, when they lie elsewhere."""
+        layer = self._layers[flight.key.layer]
+        if layer.stored is not None:
+            self._unpack(flight, layer.stored)
+            return
         base = self._slab.address + flight.slot * self.spec.stride
-        matrices = self._layers[flight.key.layer].experts[flight.key.expert]
+        matrices = layer.experts[flight.key.expert]
         for matrix, start, offset in zip(matrices, self.spec.starts, self._offsets[flight.key.layer], strict=True):
             found = start + matrix.extent.lead
             if found != offset:
                 ctypes.memmove(base + offset, base + found, matrix.nbytes)
+
+
+def _rows(view: memoryview, count: int) -> Bytes:
+    return np.frombuffer(view, np.uint8).reshape(count, -1)

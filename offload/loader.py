@@ -101,7 +101,8 @@ class Runner:
             scratch.close()
         values = dequantize(raw, vector.tensor.element, vector.tensor.num_elements)
         values += np.float32(vector.offset)
-        return values
+        values = values.reshape(vector.tensor.shape)[..., vector.start :: vector.step]
+        return np.ascontiguousarray(values).reshape(-1)
 
     def _open_table(self, storage: Storage) -> None:
         table, scale = self.opened.model.embedding, self.opened.model.config.embedding_scale

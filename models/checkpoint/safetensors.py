@@ -26,6 +26,7 @@ _MAX_DIMS: Final = 8
 _ENTRY_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA: Final = "__metadata__"
 _STORED: Final = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
+_PACKED: Final = ("_blocks", "_scales")
 _FOREIGN_BITS: Final = (
     dict.fromkeys(("F4",), 4)
     | dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6)
@@ -40,7 +41,7 @@ class SafetensorsFile:
     """One parsed file.
 
     Attributes:
-        tensors: by name, in the order of their bytes.
+        tensors: by name, in the order of their bytes. Packed blocks and their scales (U8) are raw bytes (I8).
         skipped: names of buffers of types that no model here computes with (masks, packed integers).
         digest: covers the header and the file's size.
     """
@@ -80,7 +81,7 @@ def read_safetensors(path: Path) -> SafetensorsFile:
         _check_metadata(reader, parsed.pop(_METADATA, {}))
         entries = sorted((_parse_entry(reader, *item) for item in parsed.items()), key=lambda entry: entry[3:])
         _check_coverage(reader, entries)
-        tensors = {entry.name: _tensor(entry, path, reader.position) for entry in entries if entry.dtype in _STORED}
+        tensors = {entry.name: _tensor(entry, path, reader.position) for entry in entries if _is_kept(entry)}
         skipped = frozenset(_skippable(reader, entries))
         return SafetensorsFile(path=path, tensors=tensors, skipped=skipped, digest=digest)
 
@@ -139,13 +140,18 @@ def _check_coverage(reader: HeaderReader, entries: list[_Entry]) -> None:
 
 def _tensor(entry: _Entry, path: Path, data_start: int) -> TensorInfo:
     extent = Extent(path=path, offset=data_start + entry.begin, nbytes=entry.end - entry.begin)
-    return TensorInfo(name=entry.name, element=BY_NAME[entry.dtype], shape=entry.shape, extent=extent)
+    element = BY_NAME["I8" if entry.dtype == "U8" else entry.dtype]
+    return TensorInfo(name=entry.name, element=element, shape=entry.shape, extent=extent)
+
+
+def _is_kept(entry: _Entry) -> bool:
+    return entry.dtype in _STORED or (entry.dtype == "U8" and entry.name.endswith(_PACKED))
 
 
 def _skippable(reader: HeaderReader, entries: Iterable[_Entry]) -> Iterable[str]:
     """Names of tensors of foreign types; a weight among them is refused."""
     for entry in entries:
-        if entry.dtype not in _FOREIGN_BITS:
+        if _is_kept(entry):
             continue
         if entry.dtype[0] in "FC" or entry.name.endswith(("weight", "bias")):
             raise reader.error(

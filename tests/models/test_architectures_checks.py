@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from support.checkpoints import FAMILIES as TESTED
-from support.checkpoints import GGUF_FAMILIES, tiny_checkpoint
+from support.checkpoints import FAMILIES as TINY_FAMILIES
+from support.checkpoints import tiny_checkpoint
 from transformers import AutoConfig
 
 from offload.elements import element_type
@@ -36,10 +37,10 @@ def reshaped(checkpoint: Checkpoint, name: str, **changes: Any) -> Checkpoint:
 
 
 def test_every_family_is_tested() -> None:
-    assert set(FAMILIES) - {"gemma3"} == set(GGUF_FAMILIES)  # gemma3 is gemma3_text in GGUF
+    assert set(FAMILIES) - {"gemma3"} == set(TINY_FAMILIES)  # gemma3 is gemma3_text in GGUF
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
+@pytest.mark.parametrize("family", TINY_FAMILIES)
 def test_defaults_are_those_of_transformers(family: str) -> None:
     config = AutoConfig.for_model(family)
     for key, value in FAMILIES[family].defaults.items():

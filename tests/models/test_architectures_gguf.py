@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import (
-    GGUF_FAMILIES,
+    FAMILIES,
     LINEAR_SCALING,
     LLAMA3_SCALING,
     VOCAB,
@@ -48,7 +48,7 @@ def check(path: Path, tolerance: float, ctx: int = 256) -> None:
     assert relative_error(PlainRunner(model, ctx).logits(PROMPT), expected) <= tolerance
 
 
-@pytest.mark.parametrize("family", GGUF_FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_family_agrees_with_llama_cpp(family: str, tmp_path: Path) -> None:
     path = gguf_checkpoint(family, tmp_path)
     assert default_context(open_checkpoint(path)) == 256

@@ -79,13 +79,6 @@ _MIXTURES: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.7,
         "use_qk_norm": True,
     },
-    "deepseek_v2": _LATENT | {"n_shared_experts": 2, "routed_scaling_factor": 1.3},
-    "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.7},
-}
-_OWN |= _MIXTURES
-FAMILIES = tuple(_OWN)
-MIXTURES = tuple(_MIXTURES)
-_GGUF_ONLY: dict[str, dict[str, Any]] = {
     "gpt_oss": {
         "num_local_experts": 6,
         "num_experts_per_tok": 2,
@@ -93,10 +86,12 @@ _GGUF_ONLY: dict[str, dict[str, Any]] = {
         "sliding_window": 5,
         "rope_parameters": YARN_SCALING,
     },
+    "deepseek_v2": _LATENT | {"n_shared_experts": 2, "routed_scaling_factor": 1.3},
+    "deepseek_v3": _LATENT | {"n_group": 4, "topk_group": 2, "n_shared_experts": 1, "routed_scaling_factor": 1.7},
 }
-_OWN |= _GGUF_ONLY
-GGUF_FAMILIES = tuple(_OWN)
-"""Those that run from GGUF files, some of them from nothing else."""
+_OWN |= _MIXTURES
+FAMILIES = tuple(_OWN)
+MIXTURES = tuple(_MIXTURES)
 
 LLAMA3_SCALING = {
     "rope_type": "llama3",

@@ -4,28 +4,37 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 
+from offload.blocks import Extent
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
-from offload.models.base import Model, Vector
+from offload.models.base import ExpertLayer, Model, Vector
 from offload.models.checkpoint.base import TensorInfo
+from offload.unpacking import unpack
 
 
 def read_tensor(tensor: TensorInfo) -> torch.Tensor:
     """The tensor's values as float32."""
-    with tensor.extent.path.open("rb") as file:
-        file.seek(tensor.extent.offset)
-        raw = bytearray(file.read(tensor.extent.nbytes))
+    raw = bytearray(read_bytes(tensor.extent))
     return dequantize(torch.frombuffer(raw, dtype=torch.uint8), tensor.element, tensor.shape)
+
+
+def read_bytes(extent: Extent) -> bytes:
+    """What lies there in the file."""
+    with extent.path.open("rb") as file:
+        file.seek(extent.offset)
+        return file.read(extent.nbytes)
 
 
 def read_vector(vector: Vector) -> torch.Tensor:
     """The vector's values, offset included."""
     if vector.tensor is None:
         return torch.tensor(vector.values, dtype=torch.float32)
-    return read_tensor(vector.tensor) + vector.offset
+    values = read_tensor(vector.tensor) + vector.offset
+    return values[..., vector.start :: vector.step]
 
 
 class PlainRunner:
@@ -57,8 +66,20 @@ class PlainRunner:
     def _compute_experts(self, ops: TorchOps, layer: int) -> None:
         experts = self.model.experts[layer]
         for number in ops.routed[layer].experts.unique().tolist():
-            matrices = [read_tensor(matrix) for matrix in experts.experts[number]]
+            matrices = read_expert(experts, number)
             ops.expert(experts, number, matrices)
+
+
+def read_expert(layer: ExpertLayer, number: int) -> list[torch.Tensor]:
+    """An expert's matrices, however the file holds them."""
+    if layer.stored is None:
+        return [read_tensor(matrix) for matrix in layer.experts[number]]
+    parts = [np.frombuffer(read_bytes(extent), np.uint8) for extent in layer.stored.extents[number]]
+    unpacked = unpack(layer.stored, parts, layer.experts[number])
+    return [
+        dequantize(torch.from_numpy(values.copy()), matrix.element, matrix.shape)
+        for values, matrix in zip(unpacked, layer.experts[number], strict=True)
+    ]
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -283,8 +283,7 @@ class GgmlBackend:
                 self._parts[key] = self._matrix(part)
                 self._part_cells[key] = self._anchored(self._parts[key])
         for name, vector in self._model.vectors.items():
-            shape = (len(vector.values),) if vector.tensor is None else vector.tensor.shape
-            rows, length = (1, *shape)[-2:]
+            rows, length = (1, *vector.shape)[-2:]
             self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, F32.ggml_id, length, rows))
 
     def _matrix(self, info: TensorInfo) -> int:

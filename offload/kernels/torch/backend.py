@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from math import prod
 from time import perf_counter
 
 import numpy as np
@@ -56,7 +57,7 @@ class TorchBackend:
         decoded = 4 * max(info.num_elements for info in model.matrices.values())
         rows = min(micro_batch, ctx)
         activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
-        vectors = 4 * sum(len(v.values) if v.tensor is None else v.tensor.num_elements for v in model.vectors.values())
+        vectors = 4 * sum(prod(vector.shape) for vector in model.vectors.values())
         return {"kv": kv, "workspace": 3 * decoded + activations, "vectors": vectors}
 
     def place(self, key: BlockKey, address: int) -> None:
