@@ -21,7 +21,7 @@ from harness.results import ROOT, table, write
 import offload
 from offload.prefetch.locality import segment_cache_hit_rate, segment_routing_performance
 from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
-from offload.prefetch.prediction import Affinity, Blend, Chance, Gate, Perfect, Popularity, Previous
+from offload.prefetch.prediction import PREDICTORS
 from offload.prefetch.replay import recall, replay
 from offload.prefetch.routing import RoutingTrace, effective_experts
 from offload.prefetch.synthetic import drifting, skewed, uniform
@@ -32,7 +32,6 @@ from train_moe import WINDOW, documents
 TRAINED: Final = ROOT / "tests" / "assets" / "trained_moe" / "stdlib-olmoe-Q8_0.gguf"
 SHARES: Final = (0.10, 0.25, 0.50, 0.75)
 WARM_UP: Final = 512
-PREDICTORS: Final = (Gate, Affinity, Popularity, Previous, Blend, Perfect, Chance)
 WIDTHS: Final = (4, 6, 8)
 PROMPT_TOKENS: Final = 32
 
@@ -91,12 +90,12 @@ def predictors(trace: RoutingTrace) -> str:
     """Recall, and precision where it is another figure, of what each predictor names."""
     rows = []
     for ahead in range(1, trace.lookahead + 1):
-        for make in PREDICTORS:
+        for name, make in PREDICTORS.items():
             found = [
                 recall(trace, make(len(trace.layers), trace.num_experts), ahead, width, WARM_UP) for width in WIDTHS
             ]
             cells = [f"{hit:.1%} / {right:.1%}" for hit, right in found]
-            rows.append([str(ahead), make.__name__.lower(), *cells])
+            rows.append([str(ahead), name, *cells])
     header = ["layers ahead", "predictor", *(f"{width} named" for width in WIDTHS)]
     return f"### Predictors, trained\n\nRecall / precision; perfect and chance are controls.\n\n{table(header, rows)}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
@@ -18,7 +19,8 @@ from offload.cli.text import output_console, user_path
 from offload.errors import StorageError, UsageError
 from offload.prefetch.locality import segment_cache_hit_rate, segment_routing_performance
 from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
-from offload.prefetch.replay import replay, whole
+from offload.prefetch.prediction import PREDICTORS
+from offload.prefetch.replay import recall, replay, whole
 from offload.prefetch.routing import RoutingTrace, effective_experts
 from offload.prefetch.trace_file import read_routing, write_routing
 from offload.tuning import save_tuning, trace_path, tune_by_replay
@@ -61,6 +63,9 @@ CacheOption = Annotated[
 PolicyOption = Annotated[
     list[str] | None,
     typer.Option("--policy", help="A policy to replay. May be repeated. Left out: all.", show_default=False),
+]
+PredictorsOption = Annotated[
+    bool, typer.Option("--predictors", help="Also show how much of a layer's choice can be told layers before.")
 ]
 
 
@@ -128,6 +133,7 @@ def replay_trace(
     ram: RamOption = None,
     cache: CacheOption = None,
     policy: PolicyOption = None,
+    predictors: PredictorsOption = False,
     as_json: JsonOption = False,
     debug: DebugOption = False,
 ) -> None:
@@ -140,6 +146,8 @@ def replay_trace(
     if trace.num_tokens < 2:
         raise UsageError(f"{file}: {trace.num_tokens} tokens that reached all layers; record a longer text")
     report = make_report(trace, sizes(trace, ram, cache), list(policy or EVICTION))
+    if predictors:
+        report["predictors"] = list(recalls(trace))
     if as_json:
         typer.echo(json.dumps(report))
     else:
@@ -188,6 +196,16 @@ def make_report(trace: RoutingTrace, slots: dict[str, dict[int, int]], policies:
     }  # fmt: skip
 
 
+def recalls(trace: RoutingTrace) -> Iterator[dict[str, Any]]:
+    """How many of a layer's experts each predictor names, when it names as many as are used, and twice as many."""
+    for ahead in range(1, max(1, trace.lookahead) + 1):
+        for name, make in PREDICTORS.items():
+            found = {"ahead": ahead, "predictor": name}
+            for key, width in (("recall", trace.num_used), ("recall_of_twice", 2 * trace.num_used)):
+                found[key], _ = recall(trace, make(len(trace.layers), trace.num_experts), ahead, width)
+            yield found
+
+
 def show(report: dict[str, Any]) -> None:
     """The report for people."""
     console = output_console()
@@ -201,6 +219,12 @@ def show(report: dict[str, Any]) -> None:
             f"SCH at twice a token's experts {report['segment_cache_hit_rate']:.2f} (1 suits offloading, "
             f"{report['used'] / report['experts']:.2f} is chance)"
         )
+    if "predictors" in report:
+        table = Table("layers ahead", "predictor", "named as many as used", "twice as many", box=None)
+        for row in report["predictors"]:
+            table.add_row(str(row["ahead"]), row["predictor"], f"{row['recall']:.1%}", f"{row['recall_of_twice']:.1%}")
+        console.print(table)
+        console.print()
     table = Table("memory", "slots", "policy", "hit rate", "of the optimum", "read per token", box=None)
     best = {row["size"]: row["hit_rate"] for row in report["rows"] if row["policy"] == OPTIMUM}
     for row in report["rows"]:

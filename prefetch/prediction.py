@@ -11,7 +11,7 @@ A predictor is told each layer's choice as it is made, and asked for the layers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Final, Protocol
 
 import numpy as np
@@ -182,3 +182,15 @@ class Chance:
     def predict(self, row: int, ahead: int, foreseen: Experts) -> Scores:
         del row, ahead, foreseen
         return self._random.random(self._num_experts)
+
+
+PREDICTORS: Final[Mapping[str, Callable[[int, int], Predictor]]] = {
+    "gate": Gate,
+    "affinity": Affinity,
+    "popularity": Popularity,
+    "previous": Previous,
+    "blend": Blend,
+    "perfect": Perfect,
+    "chance": Chance,
+}
+"""By name; the last two are controls. Made from the number of layers with experts and of experts in each."""

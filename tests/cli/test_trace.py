@@ -54,6 +54,16 @@ def test_policies_stand_beside_the_optimum(invoke, recorded):
     assert "lrfu-64 (default)" in table and "belady" in table and "SRP" in table
 
 
+def test_predictors_stand_between_chance_and_perfection(invoke, recorded):
+    _, path = recorded
+    options = ("--cache", 25, "--policy", "lru", "--predictors")
+    rows = json.loads(invoke("trace", "replay", path, "--json", *options).stdout)["predictors"]
+    found = {row["predictor"]: row["recall"] for row in rows if row["ahead"] == 1}
+    assert found["perfect"] == 1.0 and found["chance"] < 0.25 < found["gate"] < 1.0
+    assert {row["ahead"] for row in rows} == {1, 2, 3}
+    assert "blend" in invoke("trace", "replay", path, *options).stdout
+
+
 def test_memory_is_given_as_for_a_run(invoke, recorded):
     _, path = recorded
     found = invoke("trace", "replay", path, "--ram", "1GiB", "--policy", "lru", "--json")
