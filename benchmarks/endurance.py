@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import psutil
+from harness.budgets import experts_in_memory
 from harness.results import ROOT, table, write
 
 import offload
@@ -22,14 +23,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--tokens", type=int, default=10_000)
-    parser.add_argument("--slots", type=int, default=48, help="experts in memory")
+    parser.add_argument("--share", type=float, default=0.25, help="of the experts in memory")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     options = parser.parse_args()
-    plan = offload.plan_model(options.model, ctx=ANSWER_TOKENS + 64, ram="minimum")
-    dense = sum(plan.demand.fixed.values()) + sum(block.footprint for block in plan.demand.blocks)
-    ram = dense + sum(options.slots * bank.slot_bytes for bank in plan.demand.banks) - plan.demand.idle(0, prompt=False)
     process, rows = psutil.Process(), []
-    with offload.load(options.model, ram=max(ram, plan.minimum_bytes), ctx=ANSWER_TOKENS + 64) as engine:
+    with experts_in_memory(options.share), offload.load(options.model, ctx=ANSWER_TOKENS + 64) as engine:
         for done in range(0, options.tokens, ANSWER_TOKENS):
             start = time.perf_counter()
             prompt = [32 + (13 * place + done) % 4000 for place in range(40)]
@@ -39,7 +37,7 @@ def main() -> None:
             rows.append([str(done + ANSWER_TOKENS), f"{speed:.1f}", hits, format_size(process.memory_info().rss)])
             print(rows[-1], flush=True)
     grid = table(["tokens", "tok/s", "experts hit", "resident set"], rows)
-    body = f"`{options.model.name}`, {options.slots} slots.\n\n{grid}"
+    body = f"`{options.model.name}`, {options.share:.0%} of the experts in memory.\n\n{grid}"
     print(f"\n{body}\n\n{write('endurance', body, folder=options.results)}")
 
 

@@ -13,6 +13,7 @@ import random
 from pathlib import Path
 
 import numpy as np
+from harness.budgets import experts_in_memory
 from harness.peers import drop_page_cache
 from harness.results import ROOT, table, write
 
@@ -48,11 +49,9 @@ def main() -> None:
 
 
 def measure(options: argparse.Namespace) -> list[str]:
-    plan = offload.plan_model(options.model, ctx=options.prompt_tokens + 4 * options.tokens, ram="minimum")
-    dense = sum(plan.demand.fixed.values()) + sum(block.footprint for block in plan.demand.blocks)
-    slots = sum(round(options.share * bank.num_experts) * bank.slot_bytes for bank in plan.demand.banks)
+    ctx = options.prompt_tokens + 4 * options.tokens
     drop_page_cache()
-    with offload.load(options.model, ram=dense + slots, ctx=options.prompt_tokens + 4 * options.tokens) as engine:
+    with experts_in_memory(options.share), offload.load(options.model, ctx=ctx) as engine:
         runner, touched = engine._runner, []
         assert runner is not None
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
+from harness.budgets import experts_in_memory
 from harness.peers import drop_page_cache
 from harness.results import ROOT, table, write
 
@@ -120,11 +121,7 @@ def decoding(path: Path, tokens: int, rounds: int) -> str:
 
 def decode(path: Path, share: float, prefetch: str, tokens: int) -> tuple[float, str]:
     """Speed of one run after as many tokens to warm up, and what became of the experts."""
-    plan = offload.plan_model(path, ctx=1024, ram="minimum")
-    dense = sum(plan.demand.fixed.values()) + sum(block.footprint for block in plan.demand.blocks)
-    lent = plan.demand.idle(0, prompt=False)
-    slots = sum(round(share * bank.num_experts) * bank.slot_bytes for bank in plan.demand.banks)
-    with offload.load(path, ram=max(plan.minimum_bytes, dense + slots - lent), ctx=1024, prefetch=prefetch) as engine:
+    with experts_in_memory(share), offload.load(path, ctx=1024, prefetch=prefetch) as engine:
         prompt = [32 + 7 * place % 4000 for place in range(PROMPT_TOKENS)]
         settings = {"temperature": 0, "ignore_eos": True}
         warm = engine.generate(prompt, max_tokens=tokens, **settings)

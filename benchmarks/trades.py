@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from harness.budgets import experts_in_memory
 from harness.results import ROOT, table, write
 
 import offload
@@ -27,7 +28,7 @@ from train_moe import WINDOW, documents
 
 TRAINED: Final = ROOT / "tests" / "assets" / "trained_moe" / "stdlib-olmoe-Q8_0.gguf"
 THRESHOLDS: Final = (0.05, 0.10, 0.15, 0.20)
-SLOTS: Final = 32
+SHARE: Final = 1 / 6
 HEADER: Final = [
     "trade",
     "skipped",
@@ -62,7 +63,7 @@ def main() -> None:
             cells = [cell for ours, theirs in zip(likelihoods, exact, strict=True) for cell in costs(ours, theirs)]
             rows.append([name, *row, *cells])
             print(rows[-1], flush=True)
-    body = f"`{TRAINED.name}`, windows of {WINDOW} tokens, {SLOTS} of 192 experts in memory.\n\n{table(HEADER, rows)}"
+    body = f"`{TRAINED.name}`, windows of {WINDOW} tokens, a sixth of the experts in memory.\n\n{table(HEADER, rows)}"
     print(f"\n{body}\n\n{write('trades', body, folder=options.results)}")
 
 
@@ -78,11 +79,8 @@ def demo_text() -> str:
 
 def measure(texts: list[str], count: int, settings: dict[str, Any]) -> tuple[list[str], list[float]]:
     """How many experts were skipped and coarse, bytes read, and the mean log likelihood of each text."""
-    plan = offload.plan_model(TRAINED, ctx=WINDOW, ram="minimum")
-    dense = sum(plan.demand.fixed.values()) + sum(block.footprint for block in plan.demand.blocks)
-    slots = sum(SLOTS * bank.slot_bytes for bank in plan.demand.banks)
-    ram, likelihoods, tokens = dense + slots - plan.demand.idle(0, prompt=False), [], 0
-    with offload.load(TRAINED, ram=max(ram, plan.minimum_bytes), ctx=WINDOW, **settings) as engine:
+    likelihoods, tokens = [], 0
+    with experts_in_memory(SHARE), offload.load(TRAINED, ctx=WINDOW, **settings) as engine:
         for text in texts:
             ids = engine.tokenize(text)[:count]
             parts = [ids[start : start + WINDOW] for start in range(0, len(ids) - 1, WINDOW)]
