@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.blocks import BlockKey, BlockSpec
+from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.plan import OVERLAP_COST, BankDemand, Demand, full_budget, make_plan, minimum_budget
+from offload.plan import OVERLAP_COST, BankDemand, full_budget, make_plan, minimum_budget
 from offload.units import MIB
 
 
