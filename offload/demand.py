@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Final
@@ -22,6 +22,12 @@ QUIET_READING: Final = 8  # reading that lasts an eighth of computing no longer 
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
 LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
+EXPERT_EFFICIENCY: Final = (
+    0.6  # of a kernel's rate on large matrices, with experts of 1.6M weights a matrix, all resident
+)
+FETCH_LAYER_S: Final = (
+    0.6e-3  # what bringing a layer's experts takes of the processor, beside reading them: Python, and graphs
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +55,7 @@ class Demand:
         fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
         compute_s: kernel time of one decoded token at the start of the context.
         attention_s: what attention adds to it at the end of a full context.
+        fetch_s: what bringing experts adds to it where not all are in memory.
         ctx: context length in tokens. trained_ctx: that the model was made for.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
@@ -64,6 +71,7 @@ class Demand:
     fixed: Mapping[str, int]
     compute_s: float
     attention_s: float = 0.0
+    fetch_s: float = 0.0
     disk_bps: float
     ctx: int
     trained_ctx: int
@@ -197,6 +205,7 @@ def make_demand(
         fixed=fixed,
         compute_s=compute_s,
         attention_s=attention_seconds(model, rates, ctx),
+        fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
@@ -221,9 +230,12 @@ def compute_seconds(model: Model, rates: Rates) -> float:
     """Kernel time of one token at the start of a context: every matrix once, at the rate of its type, and its experts."""
     default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
     used = [matrix for layer in model.experts.values() for matrix in layer.experts[0] for _ in range(layer.num_used)]
-    needed = [*model.matrices.values(), *used]
-    matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in needed)
-    return matrices + model.config.num_layers * LAYER_OVERHEAD_S
+
+    def seconds(matrices: Iterable[TensorInfo]) -> float:
+        return sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in matrices)
+
+    computing = seconds(model.matrices.values()) + seconds(used) / EXPERT_EFFICIENCY
+    return computing + model.config.num_layers * LAYER_OVERHEAD_S
 
 
 def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:

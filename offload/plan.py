@@ -26,6 +26,9 @@ DEFAULT_DISK_BPS: Final = 1.0e9
 OVERLAP_COST: Final = 0.15
 """What computing and reading take from each other while both run: memory bandwidth, and a core now and then. Measured on two
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
+EXPERT_OVERLAP_COST: Final = 0.5
+"""The same where experts are read: which ones is known late, so that half of the shorter one is not overlapped. Measured with
+94% of guesses right, at a third and at two thirds of the experts in memory."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
 RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 
@@ -87,9 +90,12 @@ class Plan:
         share of computing grows with the position (a sliding window's, which stops growing, counts as if it grew evenly).
         """
         compute_s = self.compute_s + self.demand.attention_s * min(1.0, position / self.ctx)
-        stream_s = self.stream_s_at(position)
+        stream_s, overlap_cost = self.stream_s_at(position), OVERLAP_COST
+        if self.missed_bytes_at(position):
+            compute_s += self.demand.fetch_s
+            overlap_cost = EXPERT_OVERLAP_COST
         longer, shorter = max(compute_s, stream_s), min(compute_s, stream_s)
-        return 1 / max(longer + OVERLAP_COST * shorter, 1e-9)
+        return 1 / max(longer + overlap_cost * shorter, 1e-9)
 
     def on_loan(self, tokens: int, *, prompt: bool = False) -> int:
         """How many of `borrowers` fit into what is idle, see `Demand.idle`."""
