@@ -13,11 +13,11 @@ import random
 from pathlib import Path
 
 import numpy as np
-from harness.budgets import experts_in_memory
 from harness.peers import drop_page_cache
 from harness.results import ROOT, table, write
 
 import offload
+from offload.engine import plan_model
 from offload.kernels.batch import MicroBatch
 from offload.units import format_size
 
@@ -48,10 +48,17 @@ def main() -> None:
     print(f"{body}\n\n{write(f'long_prompt_{options.model.stem}', body, folder=options.results)}")
 
 
+def budget(path: Path, share: float, ctx: int) -> int:
+    """The `ram` at which memory holds this share of the experts while a prompt is read, and nothing is on loan."""
+    need = plan_model(path, ram="minimum", ctx=ctx).demand
+    dense = sum(need.fixed.values()) + sum(block.footprint for block in need.blocks)
+    return dense + sum(round(share * bank.num_experts) * bank.slot_bytes for bank in need.banks)
+
+
 def measure(options: argparse.Namespace) -> list[str]:
     ctx = options.prompt_tokens + 4 * options.tokens
     drop_page_cache()
-    with experts_in_memory(options.share), offload.load(options.model, ctx=ctx) as engine:
+    with offload.load(options.model, ram=budget(options.model, options.share, ctx), ctx=ctx) as engine:
         runner, touched = engine._runner, []
         assert runner is not None
 

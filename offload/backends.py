@@ -19,6 +19,7 @@ from offload.expert_cache import ExpertCache
 from offload.expert_slots import ExpertBank
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
@@ -177,8 +178,8 @@ class HostPlace:
         model, ctx = self._opened.model, self._opened.ctx
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
         needs = self.backend.reserve()
-        kv = self.backend.kv_nbytes(model, ctx, self._config.kv_type)
-        buckets = self.backend.kv_bucket_nbytes(model, self._config.kv_type)
+        kv = cache_nbytes(model, ctx, self._config.kv_type)
+        buckets = bucket_nbytes(model, self._config.kv_type)
         whole_pages = all(nbytes % PAGE == 0 for nbytes in buckets)
         return Footprint(
             in_parts=True,
@@ -223,7 +224,7 @@ class HostPlace:
     def _cache_ranges(self, first: int, last: int) -> list[Range]:
         """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tensors."""
         model = self._opened.model
-        sizes = self.backend.kv_bucket_nbytes(model, self._config.kv_type)
+        sizes = bucket_nbytes(model, self._config.kv_type)
         buckets = align_up(self._opened.ctx, KV_BUCKET) // KV_BUCKET
         ranges, start = [], 0
         for nbytes in sizes * model.config.num_layers:

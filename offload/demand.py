@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Final
@@ -13,7 +13,6 @@ from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
 from offload.expert_bank import expert_banks, expert_nbytes
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
-from offload.plan import Demand
 from offload.units import MIB, align_up
 
 DEFAULT_KERNEL_BPS: Final = 12e9
@@ -23,6 +22,12 @@ QUIET_READING: Final = 8  # reading that lasts an eighth of computing no longer 
 BATCH_SPEEDUP: Final = 16  # at most, of a prompt's token over a decoded one: matrices are loaded once for many
 LOGITS_BYTES: Final = 8 * MIB
 LAYER_OVERHEAD_S: Final = 60e-6  # norms, attention over a short context, graph calls
+EXPERT_EFFICIENCY: Final = (
+    0.6  # of a kernel's rate on large matrices, with experts of 1.6M weights a matrix, all resident
+)
+FETCH_LAYER_S: Final = (
+    0.6e-3  # what bringing a layer's experts takes of the processor, beside reading them: Python, and graphs
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +41,55 @@ class Rates:
     kernel_bps: Mapping[str, float]
     link_bps: float = 0.0
     attention_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a model at a context length needs before any budget is known.
+
+    Attributes:
+        blocks: every matrix, in order of first use in a pass.
+        banks: what there is of experts, which are no blocks of a cycle.
+        groups: indices into `blocks` of those that have to be in memory together, in order of use.
+        embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
+        fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
+        compute_s: kernel time of one decoded token at the start of the context.
+        attention_s: what attention adds to it at the end of a full context.
+        fetch_s: what bringing experts adds to it where not all are in memory.
+        ctx: context length in tokens. trained_ctx: that the model was made for.
+        disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
+        device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
+        kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
+            the cache's unused part cannot be lent.
+        prompt_bytes: of the workspace, what only prompts use and give back; 0 where it cannot be lent.
+    """
+
+    blocks: tuple[BlockSpec, ...]
+    banks: tuple[BankDemand, ...] = ()
+    groups: tuple[tuple[int, ...], ...]
+    embedding: BlockSpec | None
+    fixed: Mapping[str, int]
+    compute_s: float
+    attention_s: float = 0.0
+    fetch_s: float = 0.0
+    disk_bps: float
+    ctx: int
+    trained_ctx: int
+    prefill_tokens_per_pass: int
+    link_bps: float = 0.0
+    device_fixed: Mapping[str, int] | None = None
+    kv_bucket_tokens: int = 1
+    kv_bucket_bytes: int = 0
+    prompt_bytes: int = 0
+
+    def kv_used(self, tokens: int) -> int:
+        """Bytes of the KV cache in use when it holds `tokens` positions."""
+        buckets = max(1, -(-tokens // self.kv_bucket_tokens))
+        return min(self.fixed["kv"], buckets * self.kv_bucket_bytes) if self.kv_bucket_bytes else self.fixed["kv"]
+
+    def idle(self, tokens: int, *, prompt: bool) -> int:
+        """Bytes that can be lent while the cache holds `tokens` positions and no prompt, or one, is being read."""
+        return self.fixed["kv"] - self.kv_used(tokens) + (0 if prompt else self.prompt_bytes)
 
 
 def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
@@ -151,6 +205,7 @@ def make_demand(
         fixed=fixed,
         compute_s=compute_s,
         attention_s=attention_seconds(model, rates, ctx),
+        fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
@@ -175,9 +230,12 @@ def compute_seconds(model: Model, rates: Rates) -> float:
     """Kernel time of one token at the start of a context: every matrix once, at the rate of its type, and its experts."""
     default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
     used = [matrix for layer in model.experts.values() for matrix in layer.experts[0] for _ in range(layer.num_used)]
-    needed = [*model.matrices.values(), *used]
-    matrices = sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in needed)
-    return matrices + model.config.num_layers * LAYER_OVERHEAD_S
+
+    def seconds(matrices: Iterable[TensorInfo]) -> float:
+        return sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in matrices)
+
+    computing = seconds(model.matrices.values()) + seconds(used) / EXPERT_EFFICIENCY
+    return computing + model.config.num_layers * LAYER_OVERHEAD_S
 
 
 def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:

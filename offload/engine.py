@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import fields
 from operator import index
 from pathlib import Path
 from time import perf_counter
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import psutil
 
-from offload.config import GenerationConfig, LoadConfig, SamplingConfig
+from offload.config import GenerationConfig, LoadConfig
 from offload.errors import ClosedError, OffloadError, StorageError, UsageError
 from offload.generate import Answer, Decoder, OnPrefill, generate
 from offload.kernels.batch import Floats
@@ -25,6 +24,7 @@ from offload.opening import Progress
 from offload.plan import Plan
 from offload.prefetch.routing import RoutingTrace
 from offload.recording import finish, recording
+from offload.requests import make_config, make_request
 from offload.results import Chunk, Completion, EdgeUse, ExpertUse, Statistics, TierUse, Timings
 from offload.runtime import Driver, Stream, iterate
 from offload.tiers.base import CancelToken
@@ -33,7 +33,6 @@ from offload.trace import write_trace
 
 Message = Mapping[str, Any]
 Prompt = str | Sequence[int] | Sequence[Message]
-_SAMPLING = frozenset(field.name for field in fields(SamplingConfig))
 
 
 def load(
@@ -77,36 +76,6 @@ def load(
 def plan_model(path: str | Path, **options: Any) -> Plan:
     """The plan that `load` with the same options would follow; reads headers only."""
     return plan_only(path, make_config(**options))
-
-
-def make_config(*, ram: str | int | None = None, vram: str | int | None = None, **options: Any) -> LoadConfig:
-    """A `LoadConfig` from the spellings that people use.
-
-    Raises:
-        UsageError: a value is not one.
-    """
-    parsed_vram = LoadConfig.parse_ram(vram)
-    if parsed_vram == "minimum":
-        raise UsageError("vram: give a size such as 8GiB")
-    return LoadConfig(ram=LoadConfig.parse_ram(ram), vram=parsed_vram, **options)
-
-
-def make_request(options: Mapping[str, Any]) -> GenerationConfig:
-    """A `GenerationConfig` from flat options: `max_tokens=64, temperature=0, stop=["\\n"]`.
-
-    Raises:
-        UsageError: unknown option, or a value out of range.
-    """
-    sampling = {name: value for name, value in options.items() if name in _SAMPLING}
-    general = {name: value for name, value in options.items() if name not in _SAMPLING}
-    if isinstance(general.get("stop"), str):
-        general["stop"] = (general["stop"],)
-    try:
-        if "stop" in general:
-            general["stop"] = tuple(general["stop"])
-        return GenerationConfig(sampling=SamplingConfig(**sampling), **general)
-    except TypeError as error:
-        raise UsageError(f"generation options: {error}") from None
 
 
 class Engine:

@@ -10,10 +10,10 @@ from typing import Final
 import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, LoadConfig
-from offload.demand import make_demand, micro_batch_nbytes
+from offload.demand import Demand, make_demand, micro_batch_nbytes
 from offload.elements import element_type
 from offload.errors import BudgetError, UsageError
-from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.cache import cache_nbytes
 from offload.kernels.ggml.probe import PROBE_BYTES
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
@@ -22,7 +22,7 @@ from offload.models.registry import build_model, default_context
 from offload.models.text import open_tokenizer
 from offload.models.text.base import Tokenizer
 from offload.packing import Pack, open_pack
-from offload.plan import Demand, Plan, make_plan, minimum_budget
+from offload.plan import Plan, make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
 from offload.tiers.heap import trim_heap
@@ -67,7 +67,7 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
     checkpoint = open_checkpoint(path)
     ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
     model = build_model(checkpoint, ctx)
-    _check_context(ctx, GgmlBackend.kv_nbytes(model, ctx, config.kv_type) + micro_batch_nbytes(model, ctx))
+    _check_context(ctx, cache_nbytes(model, ctx, config.kv_type) + micro_batch_nbytes(model, ctx))
     return Opened(
         checkpoint=checkpoint,
         model=model,

@@ -15,8 +15,9 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from offload.bank_plan import BankDemand, least_bytes, share_slots
+from offload.bank_plan import least_bytes, share_slots
 from offload.blocks import BlockKey, BlockSpec, TierName
+from offload.demand import Demand
 from offload.errors import BudgetError
 from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
 from offload.units import MIB, align_down, format_size
@@ -25,55 +26,11 @@ DEFAULT_DISK_BPS: Final = 1.0e9
 OVERLAP_COST: Final = 0.15
 """What computing and reading take from each other while both run: memory bandwidth, and a core now and then. Measured on two
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
+EXPERT_OVERLAP_COST: Final = 0.5
+"""The same where experts are read: which ones is known late, so that half of the shorter one is not overlapped. Measured with
+94% of guesses right, at a third and at two thirds of the experts in memory."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
 RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
-    """What a model at a context length needs before any budget is known.
-
-    Attributes:
-        blocks: every matrix, in order of first use in a pass.
-        banks: what there is of experts, which are no blocks of a cycle.
-        groups: indices into `blocks` of those that have to be in memory together, in order of use.
-        embedding: the token table where no head part is the same bytes, else None. Rows can be read from disk.
-        fixed: bytes that are always resident, by purpose: base, margin, vectors, kv, workspace.
-        compute_s: kernel time of one decoded token at the start of the context.
-        attention_s: what attention adds to it at the end of a full context.
-        ctx: context length in tokens. trained_ctx: that the model was made for.
-        disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
-        device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
-        kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
-            the cache's unused part cannot be lent.
-        prompt_bytes: of the workspace, what only prompts use and give back; 0 where it cannot be lent.
-    """
-
-    blocks: tuple[BlockSpec, ...]
-    banks: tuple[BankDemand, ...] = ()
-    groups: tuple[tuple[int, ...], ...]
-    embedding: BlockSpec | None
-    fixed: Mapping[str, int]
-    compute_s: float
-    attention_s: float = 0.0
-    disk_bps: float
-    ctx: int
-    trained_ctx: int
-    prefill_tokens_per_pass: int
-    link_bps: float = 0.0
-    device_fixed: Mapping[str, int] | None = None
-    kv_bucket_tokens: int = 1
-    kv_bucket_bytes: int = 0
-    prompt_bytes: int = 0
-
-    def kv_used(self, tokens: int) -> int:
-        """Bytes of the KV cache in use when it holds `tokens` positions."""
-        buckets = max(1, -(-tokens // self.kv_bucket_tokens))
-        return min(self.fixed["kv"], buckets * self.kv_bucket_bytes) if self.kv_bucket_bytes else self.fixed["kv"]
-
-    def idle(self, tokens: int, *, prompt: bool) -> int:
-        """Bytes that can be lent while the cache holds `tokens` positions and no prompt, or one, is being read."""
-        return self.fixed["kv"] - self.kv_used(tokens) + (0 if prompt else self.prompt_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,9 +90,12 @@ class Plan:
         share of computing grows with the position (a sliding window's, which stops growing, counts as if it grew evenly).
         """
         compute_s = self.compute_s + self.demand.attention_s * min(1.0, position / self.ctx)
-        stream_s = self.stream_s_at(position)
+        stream_s, overlap_cost = self.stream_s_at(position), OVERLAP_COST
+        if self.missed_bytes_at(position):
+            compute_s += self.demand.fetch_s
+            overlap_cost = EXPERT_OVERLAP_COST
         longer, shorter = max(compute_s, stream_s), min(compute_s, stream_s)
-        return 1 / max(longer + OVERLAP_COST * shorter, 1e-9)
+        return 1 / max(longer + overlap_cost * shorter, 1e-9)
 
     def on_loan(self, tokens: int, *, prompt: bool = False) -> int:
         """How many of `borrowers` fit into what is idle, see `Demand.idle`."""

@@ -15,15 +15,15 @@ from support.checkpoints import tiny_checkpoint
 from offload import demand
 from offload.blocks import Extent
 from offload.config import MICRO_BATCH_TOKENS
-from offload.demand import MAX_MICRO_BATCHES, QUIET_READING, Rates, logits_rows, model_blocks
+from offload.demand import MAX_MICRO_BATCHES, QUIET_READING, Demand, Rates, logits_rows, model_blocks
 from offload.elements import BY_NAME
-from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.cache import cache_nbytes
 from offload.models.base import Model, ModelConfig, Vector
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import TensorInfo
 from offload.models.parts import movable_parts
 from offload.models.registry import build_model
-from offload.plan import Demand, full_budget, make_plan, minimum_budget
+from offload.plan import full_budget, make_plan, minimum_budget
 from offload.units import MIB, align_up
 
 RATES = Rates(disk_bps=1e9, kernel_bps={"F32": 1e10, "Q4_0": 5e9})
@@ -71,7 +71,7 @@ CONTEXTS = st.integers(1, 8192)
 
 def demand_of(model: Model, ctx: int, kv_type: str = "f16", **options: Any) -> Demand:
     needs: Mapping[str, Any] = {
-        "in_parts": True, "kv_bytes": GgmlBackend.kv_nbytes(model, ctx, kv_type), "workspace_bytes": 3 * MIB,  # type: ignore[arg-type]
+        "in_parts": True, "kv_bytes": cache_nbytes(model, ctx, kv_type), "workspace_bytes": 3 * MIB,  # type: ignore[arg-type]
         "prompt_bytes": 20 * MIB, "micro_batch_bytes": MIB, "lends": True, "base_bytes": 50 * MIB, "rates": RATES,
         "budget_bytes": None,
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_budgets_grow_with_the_context_and_with_the_cache_s_type(model: Model, a
         assert full_budget(less) <= full_budget(more)
         assert minimum_budget(less) <= full_budget(less)
     half, full = (demand_of(model, long, kv_type, in_parts=in_parts) for kv_type in ("f16", "f32"))
-    caches = [align_up(GgmlBackend.kv_nbytes(model, long, kv_type)) for kv_type in ("f16", "f32")]  # type: ignore[arg-type]
+    caches = [align_up(cache_nbytes(model, long, kv_type)) for kv_type in ("f16", "f32")]  # type: ignore[arg-type]
     assert minimum_budget(full) - minimum_budget(half) == full_budget(full) - full_budget(half) == caches[1] - caches[0]
 
 

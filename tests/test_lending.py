@@ -18,10 +18,11 @@ import offload
 from offload.blocks import BlockKey
 from offload.borrowers import BlockBorrower
 from offload.config import FEW_TOKENS, KV_BUCKET
+from offload.demand import Demand
 from offload.engine import Engine
 from offload.errors import Cancelled
 from offload.lending import CacheMemory, IdleMemory, Lending, Range
-from offload.plan import LOAN_GRAIN, Demand, Plan, make_plan, minimum_budget
+from offload.plan import LOAN_GRAIN, Plan, make_plan, minimum_budget
 from offload.tiers.base import CancelToken
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.ram import CAN_DISCARD, Slab

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.blocks import BlockKey, BlockSpec
+from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.plan import OVERLAP_COST, BankDemand, Demand, full_budget, make_plan, minimum_budget
+from offload.plan import EXPERT_OVERLAP_COST, OVERLAP_COST, BankDemand, full_budget, make_plan, minimum_budget
 from offload.units import MIB
 
 
@@ -155,6 +156,18 @@ def test_slots_on_loan_fit_into_what_is_idle(tokens: int, more: int, prompt: boo
     assert plan.missed_bytes_at(tokens + more) >= plan.missed_bytes_at(tokens)
     starved = make_plan(need, minimum_budget(need))
     assert starved.bank_slots_at(tokens) == starved.bank_slots, "blocks that every token streams come first"
+
+
+def test_bringing_experts_takes_a_processor_too_and_is_overlapped_by_half() -> None:
+    need = replace(mixture(1), fetch_s=0.02)
+    budget = sum(need.fixed.values()) + sum(block.footprint for block in need.blocks) + 24 * need.banks[0].slot_bytes
+    plan = make_plan(need, budget)
+    compute_s, read_s = need.compute_s + 0.02, plan.missed_bytes / need.disk_bps
+    assert plan.streamed_bytes == 0 < plan.missed_bytes
+    assert 1 / plan.predicted_tps == pytest.approx(
+        max(compute_s, read_s) + EXPERT_OVERLAP_COST * min(compute_s, read_s)
+    )
+    assert 1 / make_plan(need, full_budget(need)).predicted_tps == pytest.approx(need.compute_s)
 
 
 def test_what_a_trace_says_of_hits_counts() -> None:

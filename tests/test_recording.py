@@ -12,8 +12,9 @@ from support.checkpoints import tiny_checkpoint
 from transformers import AutoModelForCausalLM
 
 import offload
+from offload.demand import Demand
 from offload.errors import UsageError
-from offload.plan import Demand, Plan, full_budget, make_plan, minimum_budget
+from offload.plan import Plan, full_budget, make_plan, minimum_budget
 from offload.prefetch.routing import NOBODY, RoutingTrace
 
 TOKENS = [int(token) for token in np.random.default_rng(4).integers(0, 300, 50)]

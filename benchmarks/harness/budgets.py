@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from offload import opening
-from offload.plan import Demand, Plan, make_plan
+from offload.demand import Demand
+from offload.plan import Plan, make_plan
 
 
 @contextmanager

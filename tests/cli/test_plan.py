@@ -8,8 +8,9 @@ from support.fake_engine import GIB
 
 from offload.blocks import BlockKey, BlockSpec
 from offload.cli.plan import one_more, plan_json, show
+from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.plan import Demand, make_plan
+from offload.plan import make_plan
 from offload.units import format_size
 
 

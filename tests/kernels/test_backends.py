@@ -17,6 +17,7 @@ from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS, KVType
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
 from offload.kernels.ggml.library import load_library
 from offload.kernels.ggml.workspace import Workspace
 from offload.kernels.torch.backend import TorchBackend, free_device_bytes
@@ -106,7 +107,7 @@ class Driven:
 
 class Host(Driven):
     def __init__(self, model: Model, kv_type: KVType) -> None:
-        self.cache = aligned(GgmlBackend.kv_nbytes(model, CTX, kv_type))
+        self.cache = aligned(cache_nbytes(model, CTX, kv_type))
         backend = GgmlBackend(model, CTX, threads=2, kv_type=kv_type)
         backend.place_cache(self.cache.ctypes.data)
         super().__init__(model, backend)
@@ -291,9 +292,9 @@ def test_what_was_reserved_is_enough_for_every_later_graph(make: Make) -> None:
 def test_the_cache_lies_where_it_was_put_table_by_table_and_can_move(make: Make, kv_type: KVType, nbytes: int) -> None:
     driven = make(Host, kv_type=kv_type)
     bucket = 256 * 2 * 32 * nbytes  # tokens, heads, features of a head
-    assert GgmlBackend.kv_bucket_nbytes(driven.model, kv_type) == (bucket, bucket)
-    assert GgmlBackend.kv_nbytes(driven.model, 256, kv_type) == 2 * LAYERS * bucket
-    assert GgmlBackend.kv_nbytes(driven.model, 257, kv_type) == driven.cache.nbytes == 2 * LAYERS * 2 * bucket
+    assert bucket_nbytes(driven.model, kv_type) == (bucket, bucket)
+    assert cache_nbytes(driven.model, 256, kv_type) == 2 * LAYERS * bucket
+    assert cache_nbytes(driven.model, 257, kv_type) == driven.cache.nbytes == 2 * LAYERS * 2 * bucket
     driven.forward(MicroBatch(0, 40))
     rows = driven.cache.reshape(2 * LAYERS, 2 * 256, bucket // 256)
     assert rows[:, :40].any(-1).all() and not rows[:, 40:].any()

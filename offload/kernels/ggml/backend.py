@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import cycle
 from time import perf_counter
 from typing import Final
 
@@ -19,9 +18,10 @@ import numpy as np
 
 from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
-from offload.elements import F16, F32, element_type
+from offload.elements import F16, F32
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.ggml.cache import KVCache
 from offload.kernels.ggml.expert_layers import ExpertLayers
 from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import (
@@ -33,7 +33,7 @@ from offload.kernels.ggml.library import (
     Library,
     load_library,
 )
-from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
+from offload.kernels.ggml.ops import GgmlOps, GraphInputs, Node
 from offload.kernels.ggml.pieces import Cutter, Form, Part, cut_passes
 from offload.kernels.ggml.workspace import Graph, Workspace, WorkspaceNeeds
 from offload.models.base import Model
@@ -54,8 +54,6 @@ class GgmlBackend:
         self._lib: Library = load_library()
         self._model = model
         self._ctx = ctx
-        self._kv_type: KVType = kv_type
-        self._kv_element = element_type(kv_type.upper())
         self._threads = threads
         self._backend = self._open_backend()
         self._anchor_memory = np.zeros(8192, dtype=np.uint8)
@@ -69,10 +67,8 @@ class GgmlBackend:
         self._part_cells: dict[BlockKey, ctypes.c_uint64] = {}
         self._forms: dict[str, Form] = {}
         self._windows = tuple(dict.fromkeys(model.config.sliding_windows))
-        self._kv: list[KVTensors] = []
-        self._kv_cells: list[ctypes.c_uint64] = []
         self._make_matrices()
-        self._make_cache()
+        self._cache = KVCache(self._lib, self._tensors, self._anchored, model, ctx, kv_type)
         self._vectors: dict[str, Floats] = {}
         self._experts = ExpertLayers(self._lib, model, self._anchored, lambda name: self._cells[name].value)
         self._few: Workspace[Graph] = Workspace(self._lib)
@@ -88,28 +84,9 @@ class GgmlBackend:
 
     # ---- memory
 
-    @staticmethod
-    def kv_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
-        """Bytes of the KV cache for `ctx` tokens (rounded up to the KV bucket): key, then value of every layer."""
-        buckets = align_up(ctx, KV_BUCKET) // KV_BUCKET
-        return model.config.num_layers * buckets * sum(GgmlBackend.kv_bucket_nbytes(model, kv_type))
-
-    @staticmethod
-    def kv_bucket_nbytes(model: Model, kv_type: KVType) -> tuple[int, ...]:
-        """Bytes of one bucket of each tensor of one layer: of the keys, and of the values where they are kept."""
-        each = element_type(kv_type.upper()).block_bytes
-        return tuple(KV_BUCKET * width * each for width in model.config.cache_widths)
-
     def place_cache(self, address: int) -> None:
-        """Puts the KV cache at `address`: page-aligned, `kv_nbytes` long, zeroed (masked keys are still multiplied).
-
-        Before the first pass: graphs hold the address.
-        """
-        buckets = align_up(self._ctx, KV_BUCKET) // KV_BUCKET
-        sizes = cycle(self.kv_bucket_nbytes(self._model, self._kv_type))
-        for cell, nbytes in zip(self._kv_cells, sizes, strict=False):
-            cell.value = address
-            address += buckets * nbytes
+        """See `KVCache.place`."""
+        self._cache.place(address)
 
     def place(self, key: BlockKey, address: int) -> None:
         """A matrix, or a part of one, now lies at `address`."""
@@ -304,16 +281,6 @@ class GgmlBackend:
         self._weights[name] = tensor
         self._cells[name] = self._anchored(tensor)
 
-    def _make_cache(self) -> None:
-        length, element = align_up(self._ctx, KV_BUCKET), self._kv_element
-        for _ in range(self._model.config.num_layers):
-            tensors = [
-                self._lib.ggml_new_tensor_2d(self._tensors, element.ggml_id, width, length)
-                for width in self._model.config.cache_widths
-            ]
-            self._kv.append(KVTensors(tensors[0], tensors[1] if len(tensors) > 1 else None, element.block_bytes))
-            self._kv_cells += [self._anchored(tensor) for tensor in tensors]
-
     def _anchored(self, tensor: int) -> ctypes.c_uint64:
         """Marks a tensor as living outside of the graph allocator's memory; returns the cell that moves it."""
         self._lib.ggml_backend_tensor_alloc(self._anchor, tensor, self._anchor_address)
@@ -367,7 +334,7 @@ class GgmlBackend:
         ops = GgmlOps(
             lib, context, graph,
             weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[-2],
-            on_linear=cutter.note, kv=self._kv, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
+            on_linear=cutter.note, kv=self._cache.layers, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
             experts=self._experts.recorder(number, graph, cutter.end_piece),
         )  # fmt: skip
         x = Node(hidden, (tokens, hidden_size), hidden_size * 4)
