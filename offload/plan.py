@@ -27,8 +27,8 @@ OVERLAP_COST: Final = 0.15
 """What computing and reading take from each other while both run: memory bandwidth, and a core now and then. Measured on two
 cores with a disk of 3.3 GB/s: kernels kept 0.82 to 0.86 of their speed, reads 0.83 to 0.95 of theirs."""
 EXPERT_OVERLAP_COST: Final = 0.5
-"""The same where experts are read: which ones is known late, so that half of the shorter one is not overlapped. Measured with
-94% of guesses right, at a third and at two thirds of the experts in memory."""
+"""The same where experts are read: which ones is known late, so half of the shorter one is not overlapped. Measured with 94%
+of guesses right, at a third and at two thirds of the experts in memory."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
 RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_ggml_ops import Kernels
+from support.ggml_leaves import Leaves
 
 from offload.kernels.ggml.routing import Recorder
 from offload.kernels.ggml.workspace import Workspace
@@ -100,42 +100,42 @@ def test_torch_chooses_and_ranks_as_defined(numbers: dict[str, Array], routing: 
 class Graph:
     """One graph of the recorder's nodes over arrays."""
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels, lib = kernels, kernels.lib
+    def __init__(self, leaves: Leaves) -> None:
+        self.leaves, lib = leaves, leaves.lib
         self.context = lib.context(256 * lib.ggml_tensor_overhead() + lib.ggml_graph_overhead_custom(256, False))
         self.graph = lib.ggml_new_graph_custom(self.context, 256, False)
         self.recorder = Recorder(lib, self.context, self.graph)
 
     def leaf(self, array: Array) -> int:
-        return self.kernels.leaf(self.context, array)
+        return self.leaves.leaf(self.context, array)
 
     def run(self, *tensors: int) -> list[int]:
         """Addresses of copies of the tensors, once computed."""
-        lib = self.kernels.lib
+        lib = self.leaves.lib
         copies = [lib.ggml_cont(self.context, tensor) for tensor in tensors]
         for copy in copies:
             lib.ggml_set_output(copy)
             lib.ggml_build_forward_expand(self.graph, copy)
         self.workspace = Workspace(lib)
         self.workspace.allocate(self.graph)
-        assert lib.ggml_backend_graph_compute(self.kernels.backend, self.graph) == 0
+        assert lib.ggml_backend_graph_compute(self.leaves.backend, self.graph) == 0
         return [lib.ggml_get_data(copy) for copy in copies]
 
     def close(self) -> None:
         self.workspace.release()
-        self.kernels.lib.ggml_free(self.context)
+        self.leaves.lib.ggml_free(self.context)
 
 
 @pytest.fixture(scope="module")
-def kernels() -> Iterator[Kernels]:
-    made = Kernels()
+def leaves() -> Iterator[Leaves]:
+    made = Leaves()
     yield made
     made.close()
 
 
 @pytest.fixture
-def graph(kernels: Kernels) -> Iterator[Graph]:
-    made = Graph(kernels)
+def graph(leaves: Leaves) -> Iterator[Graph]:
+    made = Graph(leaves)
     yield made
     made.close()
 
@@ -154,7 +154,7 @@ def test_ggml_chooses_as_defined(graph: Graph, numbers: dict[str, Array], routin
     np.testing.assert_allclose(read(weights, ctypes.c_float, *chosen.shape), expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "count"), product(["softmax", "sigmoid, biased, scaled"], [1, 5, EXPERTS]))
+@pytest.mark.parametrize(("name", "count"), list(product(["softmax", "sigmoid, biased, scaled"], [1, 5, EXPERTS])))
 def test_ggml_ranks_as_defined(graph: Graph, numbers: dict[str, Array], name: str, count: int) -> None:
     routing = KINDS[name]
     shift = graph.leaf(numbers["shift"]) if routing.selection_bias else None
@@ -167,7 +167,7 @@ def test_what_experts_return_is_weighed_and_added_in_order(graph: Graph, used: i
     random = np.random.default_rng(used)
     returned = random.standard_normal((TOKENS, used, HIDDEN), np.float32)
     weights = random.random((TOKENS, used)).astype(np.float32)
-    lib, expected = graph.kernels.lib, weights[:, :1] * returned[:, 0]
+    lib, expected = graph.leaves.lib, weights[:, :1] * returned[:, 0]
     for place in range(1, used):
         expected = expected + weights[:, place : place + 1] * returned[:, place]
     shaped: Callable[..., int] = lib.ggml_reshape_3d
