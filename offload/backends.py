@@ -108,7 +108,7 @@ class _Host:
             in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
                 nothing to bring, and None comes back.
         """
-        guesses = config.prefetch != "off" and _routers_stay(model, plan)
+        guesses = config.prefetch != "off" and routers_stay(model, plan)
         banks: dict[int, ExpertBank] = {}
         first: list[ExpertKey] = []
         for spec, num_slots, most in zip(expert_banks(model), plan.bank_slots, plan.bank_slots_at(0), strict=True):
@@ -144,7 +144,7 @@ class _Host:
         return cache if fetched and banks else None
 
 
-def _routers_stay(model: Model, plan: Plan) -> bool:
+def routers_stay(model: Model, plan: Plan) -> bool:
     """Whether the router of every layer is always there, so that it can be asked at any time."""
     routers = {name for router in model.routers.values() for name in router.matrices}
     return routers.isdisjoint(key.name for key in plan.streamed)

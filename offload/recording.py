@@ -1,6 +1,7 @@
 """Writes down what routers decide while tokens are computed. What is recorded changes no token.
 
-Recording asks the routers ahead at every layer too, for prompts as well, so that a replay can judge predictors.
+Recording asks the routers ahead at every layer too, for prompts as well, so that a replay can judge predictors; not where
+routers are streamed, and so are not there.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from offload.backends import routers_stay
 from offload.expert_bank import expert_banks, expert_nbytes
 from offload.kernels.batch import Backend, Foresight, MicroBatch
 from offload.loader import Runner
@@ -66,7 +68,8 @@ def recording(runner: Runner) -> Iterator[Recorder]:
     """Records every pass of the block. Driver thread only."""
     model = runner.opened.model
     width = min(WIDTH_FACTOR * max(layer.num_used for layer in model.experts.values()), _num_experts(model))
-    foresight = Foresight(LOOKAHEAD, width, in_prompts=True)
+    asks = routers_stay(model, runner.plan)
+    foresight = Foresight(LOOKAHEAD, width, in_prompts=True) if asks else Foresight()
     recorder = Recorder(model, runner.backend, foresight)
     runner.foresee(foresight)
     runner.scheduler.observer = recorder.observe

@@ -4,7 +4,7 @@
              |compute |read.. |compute |read..
                        ^ misses          the link is idle while layers compute, and that is when experts are fetched ahead
 
-The optimum is Belady's: evict what is needed last. Beside it stands the best that no prefetch can beat.
+The optimum is Belady's: evict what is needed last.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from offload.demand import Demand
 from offload.errors import UsageError
 from offload.plan import Plan, full_budget, make_plan, minimum_budget
 from offload.prefetch.routing import NOBODY, RoutingTrace
+from offload.prefetch.trace_file import decode, encode
 
 TOKENS = [int(token) for token in np.random.default_rng(4).integers(0, 300, 50)]
 
@@ -108,3 +109,21 @@ def test_log_likelihood_is_that_of_transformers(folder: Path) -> None:
         expected = model(torch.tensor([TOKENS])).logits[0].log_softmax(-1)[range(49), TOKENS[1:]].numpy()
     with offload.load(folder, ctx=64, kv_type="f32") as engine:
         assert np.abs(engine.log_likelihood(TOKENS) - expected).max() < 1e-3
+
+
+def test_where_routers_are_streamed_choices_are_recorded_without_guesses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A router that passes through the ring cannot be asked layers before its turn."""
+    folder = tiny_checkpoint("olmoe", tmp_path, num_hidden_layers=12)
+    monkeypatch.setattr("offload.opening.make_plan", budget_at(0.0))
+    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)  # nothing is lent: routers stay away
+    with offload.load(folder, ctx=64, kv_type="f32") as engine:
+        streamed = {key.name for key in engine.plan.streamed}
+        assert any("ffn_gate_inp" in name for name in streamed)
+        before = engine.logits(TOKENS)
+        trace = engine.record_routing(TOKENS)
+        assert np.array_equal(engine.logits(TOKENS), before)
+    assert np.array_equal(np.sort(trace.choices), np.sort(transformers_choices(folder)))
+    assert trace.lookahead == 0
+    assert np.array_equal(decode(encode(trace)).choices, trace.choices)
