@@ -85,9 +85,19 @@ def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
     path = path or profile_path()
     mappings = {"kernel_bps": dict(profile.kernel_bps), "disks_bps": dict(profile.disks_bps)}
     record = {"format": _FORMAT, **asdict(profile), **mappings}
+    write_record(path, record)
+    return path
+
+
+def write_record(path: Path, record: Mapping[str, Any]) -> None:
+    """Writes a JSON object in one step: temporary file, rename.
+
+    Raises:
+        StorageError: the folder cannot be written.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".machine-", dir=path.parent)
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
         try:
             with os.fdopen(descriptor, "w") as file:
                 json.dump(record, file, indent=1)
@@ -97,7 +107,6 @@ def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
             raise
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", path=str(path), errno=error.errno) from error
-    return path
 
 
 def profile_path() -> Path:

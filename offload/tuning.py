@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -18,8 +16,7 @@ from typing import Any, Final, Literal, get_args
 from platformdirs import user_cache_path
 
 from offload.config import MAX_THREADS, Prefetch
-from offload.errors import StorageError
-from offload.machine import host_fingerprint
+from offload.machine import host_fingerprint, write_record
 from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
 from offload.prefetch.replay import replay
 from offload.prefetch.routing import RoutingTrace
@@ -68,18 +65,7 @@ def save_tuning(model: str, tuning: Tuning) -> Path:
     """
     path = tuning_path(model)
     record = {"format": _FORMAT, "host": host_fingerprint(), **asdict(tuning)}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=".tuning-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(record, file, indent=1)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}", path=str(path), errno=error.errno) from error
+    write_record(path, record)
     return path
 
 
