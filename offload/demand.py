@@ -182,11 +182,10 @@ def make_demand(
     per_pass = micro_batches_per_pass(
         per_batch, budget_bytes, missing / rates.disk_bps, rows * compute_s / BATCH_SPEEDUP, lends=lends
     )
-    few = min(FEW_TOKENS, ctx)
-    workspace_bytes += micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few)
-    workspace_bytes += _logits(model, 1)
+    for_few = _pass_nbytes(model, ctx, min(FEW_TOKENS, ctx), logits=1)
+    workspace_bytes += for_few
     prompt_bytes += per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model, logits_rows(model))
-    prompt_bytes -= micro_batch_nbytes(model, ctx, few) + _table_scratch(model.embedding, few) + _logits(model, 1)
+    prompt_bytes -= for_few
     bucket_bytes = kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET)
     fixed = {
         "base": base_bytes,
@@ -195,13 +194,11 @@ def make_demand(
         "kv": align_up(kv_bytes),
         "workspace": workspace_bytes + prompt_bytes,
     }
-    table = model.embedding
     return Demand(
         blocks=blocks,
         banks=banks,
         groups=tuple((i,) for i in range(len(blocks))) if in_parts else _stage_groups(model),
-        embedding=None if is_tied(model) else BlockSpec(
-            key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent),
+        embedding=_table(model),
         fixed=fixed,
         compute_s=compute_s,
         attention_s=attention_seconds(model, rates, ctx),
@@ -216,6 +213,14 @@ def make_demand(
         kv_bucket_bytes=bucket_bytes if lends else 0,
         prompt_bytes=prompt_bytes if lends else 0,
     )  # fmt: skip
+
+
+def _table(model: Model) -> BlockSpec | None:
+    """The token table, where it is a matrix of its own."""
+    table = model.embedding
+    if is_tied(model):
+        return None
+    return BlockSpec(key=BlockKey("weight", -1, table.name), nbytes=table.nbytes, extent=table.extent)
 
 
 def _stage_groups(model: Model) -> tuple[tuple[int, ...], ...]:
@@ -249,6 +254,11 @@ def _vector_nbytes(model: Model, name: str) -> int:
 
 def _table_scratch(table: TensorInfo, rows: int) -> int:
     return rows * (align_up(table.row_nbytes) + 4096)
+
+
+def _pass_nbytes(model: Model, ctx: int, tokens: int, *, logits: int) -> int:
+    """What a pass of so many tokens holds beside the backend's graphs, with so many rows of logits."""
+    return micro_batch_nbytes(model, ctx, tokens) + _table_scratch(model.embedding, tokens) + _logits(model, logits)
 
 
 def _logits(model: Model, rows: int) -> int:

@@ -11,11 +11,10 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-import psutil
 
 from offload.config import GenerationConfig, LoadConfig
 from offload.errors import ClosedError, OffloadError, StorageError, UsageError
-from offload.generate import Answer, Decoder, OnPrefill, generate
+from offload.generate import Decoder, OnPrefill, generate
 from offload.kernels.batch import Floats
 from offload.loader import Runner, load_runner, plan_only
 from offload.models.text.base import Tokenizer
@@ -24,8 +23,9 @@ from offload.opening import Progress
 from offload.plan import Plan
 from offload.prefetch.routing import RoutingTrace
 from offload.recording import finish, recording
+from offload.reporting import report_answer, report_totals, usage
 from offload.requests import make_config, make_request
-from offload.results import Chunk, Completion, EdgeUse, ExpertUse, Statistics, TierUse, Timings
+from offload.results import Chunk, Completion, Statistics
 from offload.runtime import Driver, Stream, iterate
 from offload.tiers.base import CancelToken
 from offload.tiers.files import Storage
@@ -103,7 +103,6 @@ class Engine:
             raise
         self._decoder = Decoder(self._runner)
         self._load_s = perf_counter() - started
-        self._process = psutil.Process()
 
     # ---- asking
 
@@ -231,22 +230,7 @@ class Engine:
 
     def statistics(self) -> Statistics:
         """Totals since the engine was loaded."""
-        telemetry = self._open_runner.telemetry
-        memory = self._process.memory_info()
-        return Statistics(
-            passes=telemetry.passes,
-            tokens=telemetry.tokens,
-            compute_s=telemetry.compute_s,
-            wait_s=telemetry.wait_s,
-            other_s=telemetry.other_s,
-            bound="disk" if telemetry.wait_s > telemetry.compute_s else "compute",
-            io=_io(self._open_runner),
-            residency=_residency(self._open_runner),
-            kv_tokens=len(self._decoder),
-            rss_bytes=memory.rss,
-            peak_rss_bytes=peak_rss(memory.rss),
-            experts=_experts(self._open_runner),
-        )
+        return report_totals(self._open_runner, kv_tokens=len(self._decoder))
 
     def write_trace(self, path: str | Path) -> None:
         """Writes the timeline for Perfetto.
@@ -315,42 +299,13 @@ class Engine:
     ) -> Completion:  # fmt: skip
         self._check()
         runner = self._open_runner  # the one that answers, even if `close` is called meanwhile
-        before, experts = _io(runner), _experts(runner)
+        before = usage(runner)
         runner.backend.set_cancel(cancel)
         try:
             answer = self._guard(lambda: generate(self._decoder, runner, tokens, request, cancel, emit, on_prefill))
         finally:
             runner.backend.set_cancel(None)
-        return self._completion(runner, answer, before, experts)
-
-    def _completion(
-        self, runner: Runner, answer: Answer, before: Mapping[str, EdgeUse], experts_before: ExpertUse | None
-    ) -> Completion:
-        first = answer.first_token_s or answer.ended_s
-        prefill_s, decode_s = first - answer.started_s, answer.ended_s - first
-        computed = answer.prompt_tokens - answer.cached_tokens
-        after, experts = _io(runner), _experts(runner)
-        return Completion(
-            text=answer.text,
-            tokens=tuple(answer.tokens),
-            finish_reason=answer.finish_reason,
-            prompt_tokens=answer.prompt_tokens,
-            cached_tokens=answer.cached_tokens,
-            timings=Timings(
-                load_s=self._load_s,
-                ttft_s=prefill_s,
-                prefill_tps=computed / prefill_s if prefill_s > 0 else 0.0,
-                decode_tps=(len(answer.tokens) - 1) / decode_s if decode_s > 0 and len(answer.tokens) > 1 else 0.0,
-            ),
-            logprobs=tuple(answer.logprobs),
-            io={
-                edge: EdgeUse(bytes=use.bytes - before[edge].bytes, busy_s=use.busy_s - before[edge].busy_s)
-                for edge, use in after.items()
-            },
-            residency=_residency(runner),
-            peak_rss_bytes=peak_rss(self._process.memory_info().rss),
-            experts=None if experts is None or experts_before is None else experts.since(experts_before),
-        )
+        return report_answer(runner, answer, before, load_s=self._load_s)
 
     def _tokens(self, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str):
@@ -376,31 +331,3 @@ class Engine:
         if self.tokenizer is None:
             raise UsageError(f"{self.model_name} brings no tokenizer; give the prompt as token ids")
         return self.tokenizer
-
-
-def _io(runner: Runner) -> dict[str, EdgeUse]:
-    return {"nvme->ram": runner.reader.statistics()}
-
-
-def _experts(runner: Runner) -> ExpertUse | None:
-    return runner.telemetry.experts if runner.fetches_experts else None
-
-
-def _residency(runner: Runner) -> dict[str, TierUse]:
-    plan, lent = runner.plan, runner.lent_bytes
-    return {
-        "ram": TierUse(bytes=plan.pinned_bytes + plan.bank_bytes + lent, hit_rate=runner.telemetry.hit_rate),
-        "nvme": TierUse(bytes=plan.streamed_bytes + plan.bank_bytes_on_disk - lent, hit_rate=1.0),
-    }
-
-
-def peak_rss(current: int) -> int:
-    """Highest resident set of this process so far, in bytes."""
-    try:
-        import resource
-    except ImportError:
-        return current
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    import sys
-
-    return max(current, peak if sys.platform == "darwin" else peak * 1024)

@@ -18,6 +18,8 @@ from offload.blocks import ExpertKey
 
 Table = npt.NDArray[np.float64]
 """A number for every expert: [layers, experts]."""
+Indices = npt.NDArray[np.int64]
+"""Some experts, by their place in a table that is read row by row."""
 
 _PASSING: Final = -1e300  # worth less than anything that a token has used
 
@@ -73,7 +75,8 @@ class Ranking(Eviction, ABC):
         for kept, expert in keep:
             allowed[self._rows[kept], expert] = False
         found = np.flatnonzero(allowed)
-        worth = np.where(self._passing, _PASSING, self._worth(self._rows[layer])).reshape(-1)[found]
+        worth = self._worth(self._rows[layer], found)
+        worth[self._passing.reshape(-1)[found]] = _PASSING
         if count < len(found):
             least = np.argpartition(worth, count)[:count]
             found, worth = found[least], worth[least]
@@ -86,8 +89,8 @@ class Ranking(Eviction, ABC):
         """A token chose these experts of a row of the table."""
 
     @abstractmethod
-    def _worth(self, row: int) -> Table:
-        """The worth of every expert while a token is at a row."""
+    def _worth(self, row: int, among: Indices) -> npt.NDArray[np.float64]:
+        """The worth of some experts while a token is at a row; a new array."""
 
 
 class LeastRecentlyUsed(Ranking):
@@ -102,9 +105,9 @@ class LeastRecentlyUsed(Ranking):
         self._now += 1
         self._used[row, experts] = self._now
 
-    def _worth(self, row: int) -> Table:
+    def _worth(self, row: int, among: Indices) -> npt.NDArray[np.float64]:
         del row
-        return self._used
+        return self._used.reshape(-1)[among]
 
 
 class LeastFrequentlyUsed(Ranking):
@@ -121,9 +124,10 @@ class LeastFrequentlyUsed(Ranking):
         self._count[row, experts] += 1
         self._used[row, experts] = self._now
 
-    def _worth(self, row: int) -> Table:
+    def _worth(self, row: int, among: Indices) -> npt.NDArray[np.float64]:
         del row
-        return self._count + self._used / (self._now + 1)
+        worth: npt.NDArray[np.float64] = (self._count + self._used / (self._now + 1)).reshape(-1)[among]
+        return worth
 
 
 class Expected(Ranking):
@@ -133,14 +137,11 @@ class Expected(Ranking):
     than what a token has just left behind. Worth is the expected wait, counted in layers, below zero.
     """
 
-    def __init__(self, layers: Sequence[int], num_experts: int) -> None:
-        super().__init__(layers, num_experts)
-        self._order = np.arange(len(layers))
-
-    def _worth(self, row: int) -> Table:
-        count = len(self._order)
-        ahead = (self._order - row - 1) % count + 1
-        return -(count / np.maximum(self._likely(), 1e-9) + ahead[:, None])
+    def _worth(self, row: int, among: Indices) -> npt.NDArray[np.float64]:
+        count, width = self._held.shape
+        ahead = (among // width - row - 1) % count + 1
+        worth: npt.NDArray[np.float64] = -(count / np.maximum(self._likely().reshape(-1)[among], 1e-9) + ahead)
+        return worth
 
     @abstractmethod
     def _likely(self) -> Table:
@@ -163,15 +164,15 @@ class RecencyFrequency(Expected):
         super().__init__(layers, num_experts)
         self._decay = 0.5 ** (1 / half_life)
         self._score: Table = np.zeros(self._held.shape)
-        self._favour = 1 + shallow * (1 - self._order / max(1, len(layers) - 1))[:, None]
+        depth = np.arange(len(layers)) / max(1, len(layers) - 1)
+        self._step = (1 - self._decay) * (1 + shallow * (1 - depth))
 
     def _learn(self, row: int, experts: npt.NDArray[Any]) -> None:
         self._score[row] *= self._decay
-        self._score[row, experts] += 1
+        self._score[row, experts] += self._step[row]
 
     def _likely(self) -> Table:
-        likely: Table = self._score * (1 - self._decay) * self._favour
-        return likely
+        return self._score
 
 
 AGES: Final = 10  # classes of tokens since the last use: 1, 2 to 3, 4 to 7, ..

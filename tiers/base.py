@@ -151,7 +151,8 @@ class TransferHandle:
     def _end_piece(self) -> None:
         assert self._remaining > 0, "a handle was completed more often than it has pieces"
         self._remaining -= 1
-        self._changed.notify_all()
+        if self._remaining == 0:  # who waits looks for progress by itself, when it has waited long enough
+            self._changed.notify_all()
 
 
 Group = Sequence[tuple[Extent, memoryview]]

@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 
 from offload.elements import F16, F32
-from offload.kernels.ggml.backend import ANCHOR_NBYTES, I32, I64
-from offload.kernels.ggml.library import load_library
-from offload.units import PAGE, align_up
+from offload.kernels.ggml.anchor import Anchor
+from offload.kernels.ggml.library import I32, I64, load_library
 
 Array = np.ndarray[Any, Any]
 
@@ -21,12 +20,10 @@ class Leaves:
         self.lib = load_library()
         self.backend = self.lib.ggml_backend_cpu_init()
         self.lib.ggml_backend_cpu_set_n_threads(self.backend, 2)
-        self.page = np.zeros(2 * PAGE, np.uint8)
-        self.start = align_up(self.page.ctypes.data)
-        self.anchor = self.lib.ggml_backend_cpu_buffer_from_ptr(self.start, ANCHOR_NBYTES)
+        self.anchor = Anchor(self.lib)
 
     def close(self) -> None:
-        self.lib.ggml_backend_buffer_free(self.anchor)
+        self.anchor.close()
         self.lib.ggml_backend_free(self.backend)
 
     def leaf(self, context: int, array: Array) -> int:
@@ -37,6 +34,5 @@ class Leaves:
         shape = (rows,) if array.ndim > 1 else ()
         make = self.lib.ggml_new_tensor_2d if shape else self.lib.ggml_new_tensor_1d
         tensor: int = make(context, kind, columns, *shape)
-        self.lib.ggml_backend_tensor_alloc(self.anchor, tensor, self.start)
-        self.lib.data_cell(tensor).value = array.ctypes.data
+        self.anchor(tensor).value = array.ctypes.data
         return tensor

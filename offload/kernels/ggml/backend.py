@@ -1,7 +1,7 @@
 """The ggml backend: runs a model on the CPU as cached graphs, straight from the memory where the tiers put the weights.
 
-A matrix, and each of its parts, is one ggml tensor that all graphs share; when it moves, its data pointer is set and every
-cached graph follows. A graph spans the whole model and is run in pieces: it is cut before each product that needs a block
+Graphs share the tensors of weights, cache and experts; when one moves, its data pointer is set and every cached graph
+follows. A graph spans the whole model and is run in pieces: it is cut before each product that needs a block
 which has to arrive, and everything in between stays in the graph's workspace. Graphs are cached by token count, KV bucket
 and output count. Called from one thread.
 """
@@ -21,6 +21,7 @@ from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.cache import KVCache
 from offload.kernels.ggml.expert_layers import ExpertLayers
 from offload.kernels.ggml.inputs import BatchInputs, bucket
@@ -34,15 +35,14 @@ from offload.kernels.ggml.library import (
     load_library,
 )
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, Node
-from offload.kernels.ggml.pieces import Cutter, Form, Part, cut_passes
+from offload.kernels.ggml.pieces import Cutter, cut_passes
+from offload.kernels.ggml.weights import Weights
 from offload.kernels.ggml.workspace import Graph, Workspace, WorkspaceNeeds
 from offload.models.base import Model
-from offload.models.checkpoint.base import TensorInfo
 from offload.tiers.base import CancelToken
 from offload.units import MIB, align_up
 
 TENSORS_PER_STAGE: Final = 64  # at most, counting views
-ANCHOR_NBYTES: Final = 1 << 46
 
 
 class GgmlBackend:
@@ -56,21 +56,11 @@ class GgmlBackend:
         self._ctx = ctx
         self._threads = threads
         self._backend = self._open_backend()
-        self._anchor_memory = np.zeros(8192, dtype=np.uint8)
-        self._anchor_address = align_up(self._anchor_memory.ctypes.data)
-        # tensors that live in our memory need a buffer object; it is never read through, only data pointers are
-        self._anchor = self._lib.ggml_backend_cpu_buffer_from_ptr(self._anchor_address, ANCHOR_NBYTES)
-        self._tensors = self._lib.context(self._tensor_context_nbytes())
-        self._weights: dict[str, int] = {}
-        self._cells: dict[str, ctypes.c_uint64] = {}
-        self._parts: dict[BlockKey, int] = {}
-        self._part_cells: dict[BlockKey, ctypes.c_uint64] = {}
-        self._forms: dict[str, Form] = {}
+        self._anchor = Anchor(self._lib)
         self._windows = tuple(dict.fromkeys(model.config.sliding_windows))
-        self._make_matrices()
-        self._cache = KVCache(self._lib, self._tensors, self._anchored, model, ctx, kv_type)
-        self._vectors: dict[str, Floats] = {}
-        self._experts = ExpertLayers(self._lib, model, self._anchored, lambda name: self._cells[name].value)
+        self._weights = Weights(self._lib, model, self._anchor)
+        self._cache = KVCache(self._lib, self._anchor, model, ctx, kv_type)
+        self._experts = ExpertLayers(self._lib, model, self._anchor, self._weights.vector_address)
         self._few: Workspace[Graph] = Workspace(self._lib)
         self._prompts: list[Workspace[Graph]] = [
             Workspace(self._lib)
@@ -90,12 +80,11 @@ class GgmlBackend:
 
     def place(self, key: BlockKey, address: int) -> None:
         """A matrix, or a part of one, now lies at `address`."""
-        self._part_cells[key].value = address
+        self._weights.place(key, address)
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32; kept alive here."""
-        self._vectors[name] = np.ascontiguousarray(values, dtype=np.float32)
-        self._cells[name].value = self._vectors[name].ctypes.data
+        self._weights.place_vector(name, values)
 
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
         """Says where the experts of a layer can lie; before `schedule`."""
@@ -108,14 +97,8 @@ class GgmlBackend:
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
         """See `Backend.schedule`."""
         self._forget_graphs()
-        self._forms = {}
-        for name, keys in self._keys.items():
-            form = tuple(Part(key, key in streamed) for key in keys)
-            if any(part.is_streamed for part in form) or not self._is_contiguous(keys):
-                self._forms[name] = form
-            else:
-                self._cells[name].value = self._part_cells[keys[0]].value
-        return cut_passes(self._model, self._keys, streamed, self._experts.fetched)
+        self._weights.schedule(streamed)
+        return cut_passes(self._model, self._weights.keys, streamed, self._experts.fetched)
 
     def reserve(self) -> WorkspaceNeeds:
         """Builds the largest graphs once, so that no later one needs more, and tells what they need."""
@@ -230,8 +213,9 @@ class GgmlBackend:
         for workspace in (self._few, *self._prompts):
             workspace.release()
         self._experts.close()
-        self._lib.ggml_free(self._tensors)
-        self._lib.ggml_backend_buffer_free(self._anchor)
+        self._weights.close()
+        self._cache.close()
+        self._anchor.close()
         self._lib.ggml_backend_free(self._backend)
         self._backend = 0
 
@@ -239,52 +223,6 @@ class GgmlBackend:
         backend: int = self._lib.ggml_backend_cpu_init()
         self._lib.ggml_backend_cpu_set_n_threads(backend, self._threads)
         return backend
-
-    # ---- tensors
-
-    def _tensor_context_nbytes(self) -> int:
-        matrices = sum(1 + len(parts) for parts in self._model.parts.values())
-        count = matrices + len(self._model.vectors) + 2 * self._model.config.num_layers
-        return (count + 8) * int(self._lib.ggml_tensor_overhead())
-
-    def _make_matrices(self) -> None:
-        lib = self._lib
-        layers = {name: stage.layer for stage in self._model.stages for name in stage.matrices}
-        self._keys = {
-            name: tuple(BlockKey("weight", layers[name], name, number) for number in range(len(parts)))
-            for name, parts in self._model.parts.items()
-        }
-        for name, info in self._model.matrices.items():
-            self._adopt(name, self._matrix(info))
-            for key, part in zip(self._keys[name], self._model.parts[name], strict=True):
-                self._parts[key] = self._matrix(part)
-                self._part_cells[key] = self._anchored(self._parts[key])
-        for name, vector in self._model.vectors.items():
-            rows, length = (1, *vector.shape)[-2:]
-            self._adopt(name, lib.ggml_new_tensor_2d(self._tensors, F32.ggml_id, length, rows))
-
-    def _matrix(self, info: TensorInfo) -> int:
-        """A tensor for a matrix, or for one of each head."""
-        heads, rows, columns = (1, *info.shape)[-3:]
-        tensor: int = self._lib.ggml_new_tensor_3d(self._tensors, info.element.ggml_id, columns, rows, heads)
-        return tensor
-
-    def _is_contiguous(self, keys: Sequence[BlockKey]) -> bool:
-        """Whether the parts of a matrix lie as they do in the file, so that they can be used as one."""
-        ends = [self._part_cells[key].value + self._part(key).nbytes for key in keys[:-1]]
-        return ends == [self._part_cells[key].value for key in keys[1:]]
-
-    def _part(self, key: BlockKey) -> TensorInfo:
-        return self._model.parts[key.name][key.part]
-
-    def _adopt(self, name: str, tensor: int) -> None:
-        self._weights[name] = tensor
-        self._cells[name] = self._anchored(tensor)
-
-    def _anchored(self, tensor: int) -> ctypes.c_uint64:
-        """Marks a tensor as living outside of the graph allocator's memory; returns the cell that moves it."""
-        self._lib.ggml_backend_tensor_alloc(self._anchor, tensor, self._anchor_address)
-        return self._lib.data_cell(tensor)
 
     # ---- graphs
 
@@ -323,17 +261,19 @@ class GgmlBackend:
         lib, model, workspace = self._lib, self._model, self._workspace(number)
         stages = model.stages if inputs.batch.outputs else model.stages[: model.first_output_stage]
         looks = self._experts.foresight.looks(inputs.batch.num_tokens)
-        context, graph = self._empty_graph(TENSORS_PER_STAGE * (len(stages) * (1 + looks) + 1) + len(self._parts))
+        context, graph = self._empty_graph(
+            TENSORS_PER_STAGE * (len(stages) * (1 + looks) + 1) + self._weights.num_parts
+        )
         leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
         tokens, hidden_size = inputs.batch.num_tokens, model.config.hidden_size
         hidden = lib.ggml_new_tensor_2d(context, F32.ggml_id, hidden_size, tokens)
-        cells = {name: self._anchored(getattr(leaves, name)) for name in ("positions", "rows", "outputs")}
-        masks = {window: self._anchored(tensor) for window, tensor in leaves.masks.items()}
-        hidden_cell = self._anchored(hidden)
-        cutter = Cutter(lib, context, graph, self._forms)
+        cells = {name: self._anchor(getattr(leaves, name)) for name in ("positions", "rows", "outputs")}
+        masks = {window: self._anchor(tensor) for window, tensor in leaves.masks.items()}
+        hidden_cell = self._anchor(hidden)
+        cutter = Cutter(lib, context, graph, self._weights.forms)
         ops = GgmlOps(
             lib, context, graph,
-            weight=self._weights.__getitem__, out_features=lambda name: model.matrices[name].shape[-2],
+            weight=self._weights.tensor, out_features=lambda name: model.matrices[name].shape[-2],
             on_linear=cutter.note, kv=self._cache.layers, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
             experts=self._experts.recorder(number, graph, cutter.end_piece),
         )  # fmt: skip
@@ -350,7 +290,7 @@ class GgmlBackend:
                 x = result
         lib.ggml_build_forward_expand(graph, x.tensor)
         workspace.allocate(graph)
-        contexts, pieces = cutter.cut(self._parts.__getitem__, self._part)
+        contexts, pieces = cutter.cut(self._weights.part_tensor, self._weights.part)
         return Graph((context, *contexts), pieces, cells, masks, hidden_cell, logits, cutter.followers)
 
     def _empty_graph(self, capacity: int) -> tuple[int, int]:
@@ -374,7 +314,7 @@ class GgmlBackend:
         )
 
     def _result(self, graph: int, node: Node) -> ctypes.c_uint64:
-        cell = self._anchored(node.tensor)
+        cell = self._anchor(node.tensor)
         self._lib.ggml_build_forward_expand(graph, node.tensor)
         return cell
 

@@ -6,11 +6,11 @@ Holds no memory: the tensors are pointed at what `place` is given.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from itertools import cycle
 
 from offload.config import KV_BUCKET, KVType
 from offload.elements import element_type
+from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.library import Library
 from offload.kernels.ggml.ops import KVTensors
 from offload.models.base import Model
@@ -20,18 +20,14 @@ from offload.units import align_up
 class KVCache:
     """See the module.
 
-    Args:
-        context: of ggml, for the tensors' descriptions. anchor: marks a tensor as living in our memory; returns the cell
-            that moves it.
-
     Attributes:
         layers: the tensors of every layer.
     """
 
-    def __init__(
-        self, library: Library, context: int, anchor: Callable[[int], ctypes.c_uint64], model: Model, ctx: int,
-        kv_type: KVType,
-    ) -> None:  # fmt: skip
+    def __init__(self, library: Library, anchor: Anchor, model: Model, ctx: int, kv_type: KVType) -> None:
+        self._lib = library
+        count = model.config.num_layers * len(model.config.cache_widths)
+        self._context = library.context((count + 1) * library.ggml_tensor_overhead())
         self._buckets = buckets_of(ctx)
         self._sizes = bucket_nbytes(model, kv_type)
         self._cells: list[ctypes.c_uint64] = []
@@ -39,7 +35,7 @@ class KVCache:
         element = element_type(kv_type.upper())
         for _ in range(model.config.num_layers):
             tensors = [
-                library.ggml_new_tensor_2d(context, element.ggml_id, width, self._buckets * KV_BUCKET)
+                library.ggml_new_tensor_2d(self._context, element.ggml_id, width, self._buckets * KV_BUCKET)
                 for width in model.config.cache_widths
             ]
             self.layers.append(KVTensors(tensors[0], tensors[1] if len(tensors) > 1 else None, element.block_bytes))
@@ -53,6 +49,10 @@ class KVCache:
         for cell, nbytes in zip(self._cells, cycle(self._sizes), strict=False):
             cell.value = address
             address += self._buckets * nbytes
+
+    def close(self) -> None:
+        """Frees the tensors' descriptions."""
+        self._lib.ggml_free(self._context)
 
 
 def cache_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:

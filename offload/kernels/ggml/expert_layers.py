@@ -13,7 +13,8 @@ import numpy as np
 
 from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints
-from offload.kernels.ggml.experts import Anchor, Chosen, ExpertKernels, Routed, Where, routing_memory, routing_nbytes
+from offload.kernels.ggml.anchor import Anchor
+from offload.kernels.ggml.experts import Chosen, ExpertKernels, Routed, Where, routing_memory, routing_nbytes
 from offload.kernels.ggml.library import FLOAT_BYTES, STATUS_SUCCESS, Library
 from offload.kernels.ggml.routing import Choice
 from offload.kernels.ggml.workspace import WorkspaceNeeds
@@ -24,7 +25,6 @@ class ExpertLayers:
     """See the module. A micro-batch is given by the number of its workspace: 0 is that of a few tokens.
 
     Args:
-        anchor: marks a tensor as living in our memory; returns the cell that moves it.
         address: where a vector lies.
     """
 

@@ -11,7 +11,7 @@ pointed at the layer's matrices, the memory of its routing and the slot before e
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ import numpy.typing as npt
 from offload.config import MICRO_BATCH_TOKENS
 from offload.elements import F32
 from offload.kernels.batch import ExpertPlace, Foresight
+from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.library import FLOAT_BYTES, I32, I64, Library
 from offload.kernels.ggml.workspace import Workspace
 from offload.kernels.ops import Activation
@@ -28,8 +29,6 @@ from offload.models.base import ExpertLayer
 
 MAX_GRAPHS: Final = MICRO_BATCH_TOKENS  # one for every number of tokens that an expert may get
 _TENSORS: Final = 32
-
-Anchor = Callable[[int], ctypes.c_uint64]
 
 
 class Routed(NamedTuple):
