@@ -20,7 +20,9 @@ from offload.tiers.files import File, read_failure
 from offload.tiers.requests import Piece, RequestQueue, Taken
 
 THREAD_NAME: Final = "offload-nvme"
-_GLANCE_S: Final = 0.5  # how often a thread that waits for the kernel looks whether it should end
+_LINGER_S: Final = 0.02
+"""How long the thread that minds the kernel's requests waits for more of them before it sleeps: to wake it costs the one who
+asks a switch of threads, once for every layer of a token."""
 
 
 class Engine(Protocol):
@@ -92,6 +94,7 @@ class AioEngine:
         self._free = list(range(depth))
         self._flying: dict[int, Taken] = {}
         self._closing = False
+        self._asleep = False
         self._thread = threading.Thread(target=self._serve, name=f"{THREAD_NAME}-aio", daemon=True)
         self._thread.start()
 
@@ -125,19 +128,27 @@ class AioEngine:
             self._flying.update(zip(numbers[:count], ready[:count], strict=True))
             self._free += numbers[count:]
             ready = ready[count:]
-        if self._flying:
+        if self._flying and self._asleep:
             self._started.notify()
         return failed
 
     def _serve(self) -> None:
-        while True:
-            with self._lock:
-                while not self._flying:
-                    if self._closing:
-                        return
-                    self._started.wait()
+        events: Sequence[Event] = ()
+        while self._is_wanted(sleep=not events):
+            events = ()
             with suppress(OSError):
-                self._land(self._context.wait(_GLANCE_S))
+                events = self._context.wait(_LINGER_S)
+            if events:
+                self._land(events)
+
+    def _is_wanted(self, *, sleep: bool) -> bool:
+        """Whether anything is or may come in flight; with `sleep`, waits until something is."""
+        with self._lock:
+            while sleep and not self._flying and not self._closing:
+                self._asleep = True
+                self._started.wait()
+                self._asleep = False
+            return bool(self._flying) or not self._closing
 
     def _land(self, events: Sequence[Event]) -> None:
         with self._lock:
