@@ -13,8 +13,9 @@ from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
+from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from offload.cli.grouping import grouped
 from offload.cli.loading import open_engine
@@ -26,7 +27,7 @@ from offload.cli.text import output_console
 from offload.errors import UsageError
 from offload.models.checkpoint import open_checkpoint
 from offload.tiers.probe import measure_disk
-from offload.units import format_rate, format_size
+from offload.units import format_rate, format_size, format_speed
 
 if TYPE_CHECKING:
     from offload.engine import Engine
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _PROMPT_TOKENS: Final = 16  # before a decode test: enough to have a context, too few to cost time
 _PROBE_S: Final = 2.0
+_ANY_WIDTH: Final = 10_000
 
 PrefillOption = Annotated[int, typer.Option("--n-prompt", "-p", help="Tokens of the prefill test; 0: none.", min=0)]
 DecodeOption = Annotated[int, typer.Option("--n-gen", "-n", help="Tokens of the decode test; 0: none.", min=0)]
@@ -171,17 +173,26 @@ def write_report(report: dict[str, Any], rows: list[Row], *, as_json: bool, mark
         for line in (header, ("---",) * len(header), *cells):
             typer.echo(f"| {' | '.join(line)} |")
     else:
-        table = Table(*header, box=None)
-        for line in cells:
-            table.add_row(*(escape(cell) for cell in line))
-        output_console().print(table)
-    typer.echo(f"disk limit {format_rate(report['disk_limit_bps'])}, predicted {report['predicted_tps']:.3g} tokens/s")
+        show(header, cells, output_console())
+    typer.echo(f"disk limit {format_rate(report['disk_limit_bps'])}, predicted {format_speed(report['predicted_tps'])}")
+
+
+def show(header: tuple[str, ...], cells: list[tuple[str, ...]], console: Console) -> None:
+    """A line for each row, or, where the terminal is too narrow for that, a column: no figure is ever cut."""
+    columns = [Column(overflow="fold") for _ in range(len(cells) + 1)]
+    wide, tall = Table(*header, box=None), Table(*columns, box=None, show_header=False)
+    for line in cells:
+        wide.add_row(*map(escape, line))
+    for line in zip(header, *cells, strict=True):
+        tall.add_row(*map(escape, line))
+    needed = console.measure(wide, options=console.options.update(max_width=_ANY_WIDTH)).maximum
+    console.print(wide if needed <= console.width else tall)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
     disk = "-" if row.disk_bps is None else format_rate(row.disk_bps)
     share = "-" if row.disk_share is None else f"{row.disk_share:.0%}"
-    hits = "-" if row.hit_rate is None else f"{row.hit_rate:.0%}, {row.misses_per_token:.0f} misses a token"
+    hits = "-" if row.hit_rate is None else f"{row.hit_rate:.0%}, {row.misses_per_token:.3g} misses a token"
     return (
         row.test, f"{row.tokens_per_second:.2f}", disk, share, f"{row.resident:.0%}", hits,
         format_size(row.bytes_per_token), row.bound,

@@ -74,7 +74,19 @@ def chat(
         if was_typed(context, "system"):  # its variable is a habit, which a saved chat may depart from
             conversation.system = system
     with Bars(enabled=bars_wanted(quiet=quiet)) as bars, open_engine(model, load, bars) as engine:
+        check_template(engine)
         run_chat(engine, conversation, interactive=is_interactive(), quiet=quiet)
+
+
+def check_template(engine: Engine) -> None:
+    """
+    Raises:
+        UsageError: the model does not say how a conversation is written.
+    """
+    if engine.tokenizer is not None and engine.tokenizer.template is None:
+        raise UsageError(
+            f"{engine.model_name} has no chat template: it completes texts and does not converse; use `offload run`"
+        )
 
 
 def run_chat(engine: Engine, conversation: Conversation, *, interactive: bool, quiet: bool = False) -> None:

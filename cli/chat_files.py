@@ -10,7 +10,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,6 +17,7 @@ from platformdirs import user_data_path, user_state_path
 
 from offload.cli.text import user_path
 from offload.errors import CheckpointError, StorageError, UsageError
+from offload.writing import PRIVATE, beside
 
 Messages = list[dict[str, str]]
 FORMAT: Final = "offload-chat-1"
@@ -132,25 +132,6 @@ def _is_chat(chat: Any) -> bool:
 
 
 def write_private(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` atomically and durably: temporary file, sync, rename, sync of the folder."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mkstemp's mode is 0600
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    if not hasattr(os, "O_DIRECTORY"):
-        return  # Windows has no handle for a folder; its rename is durable by itself
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    """Replace `path` by `content` atomically and durably, for its owner only."""
+    with beside(path, mode=PRIVATE) as temporary:
+        temporary.write_bytes(content)

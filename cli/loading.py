@@ -16,7 +16,7 @@ import psutil
 import typer
 
 from offload.cli.models import resolve_model
-from offload.cli.options import LoadOptions, PlanOptions
+from offload.cli.options import LoadOptions, PlanOptions, PrefetchChoice
 from offload.cli.progress import Bars
 from offload.errors import OffloadError
 from offload.units import format_size
@@ -75,8 +75,25 @@ def notes(plan: Plan, options: PlanOptions) -> Iterator[str]:
     machine = psutil.virtual_memory().total
     if options.ram is not None and plan.budget_bytes > machine:
         yield f"--ram {format_size(plan.budget_bytes)} is more than this machine has ({format_size(machine)})"
+    if isinstance(options, LoadOptions):
+        yield from expert_notes(plan, options)
     if plan.ctx > plan.trained_ctx:
         yield f"--ctx {plan.ctx} is longer than the {plan.trained_ctx} tokens that the model was trained for"
+
+
+def expert_notes(plan: Plan, options: LoadOptions) -> Iterator[str]:
+    """Options for experts that change nothing here."""
+    given = {
+        "--expert-policy": options.expert_policy != "auto",
+        "--prefetch": options.prefetch is not PrefetchChoice.auto,
+        "--skip-experts-below": options.skip_experts_below > 0,
+        "--expert-pack": options.expert_pack is not None,
+    }
+    names = ", ".join(name for name, is_given in given.items() if is_given)
+    if names and not plan.demand.banks:
+        yield f"{names}: the model has no experts"
+    elif options.expert_pack is not None and not options.coarse_experts_below:
+        yield "--expert-pack: nothing is read from it without --coarse-experts-below"
 
 
 def make_plan(model: Path | None, options: PlanOptions) -> Plan:

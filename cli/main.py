@@ -71,7 +71,8 @@ def is_usage(error: Exception) -> bool:
 def message_of(error: Exception) -> str:
     """What to tell the user; what only a programmer can mend says so."""
     if hasattr(error, "format_message"):  # typer's
-        return f"{error.format_message().rstrip('.')}{refused_value(error)}; --help lists what there is"
+        message = error.format_message().rstrip(".").replace("Value error, ", "")  # how its parser begins its own
+        return f"{message}{refused_value(error)}; --help lists what there is"
     if isinstance(error, OffloadError):
         return str(error) or type(error).__name__
     if isinstance(error, OSError):

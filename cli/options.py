@@ -70,12 +70,14 @@ class PrefetchChoice(str, Enum):
     off = "off"
 
 
-def _memory(*names: str, about: str, env: str | None = None) -> Any:
-    return typer.Option(*names, help=about, envvar=env, show_default=False, rich_help_panel=_MEMORY)
+def _memory(
+    *names: str, about: str, env: str | None = None, low: float | None = None, high: float | None = None
+) -> Any:
+    return typer.Option(*names, help=about, envvar=env, show_default=False, rich_help_panel=_MEMORY, min=low, max=high)
 
 
 def _sampling(*names: str, about: str, default: object) -> Any:
-    return typer.Option(*names, help=about, show_default=str(default), rich_help_panel=_SAMPLING)
+    return typer.Option(*names, help=f"{about} Default: {default}.", show_default=False, rich_help_panel=_SAMPLING)
 
 
 def _answer(*names: str, about: str) -> Any:
@@ -87,6 +89,15 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A .gguf file or a Hugging Face folder. Left out: the demo model.",
+        envvar="OFFLOAD_MODEL",
+        show_default=False,
+    ),
+]
+ExpertModelArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="MODEL",
+        help="A .gguf file or a Hugging Face folder of a model with experts.",
         envvar="OFFLOAD_MODEL",
         show_default=False,
     ),
@@ -107,17 +118,33 @@ class PlanOptions:
 
     ram: Annotated[
         str | None,
-        _memory("--ram", about="Memory for the whole process, such as 6GiB, 3000M or minimum.", env="OFFLOAD_RAM"),
+        _memory(
+            "--ram",
+            about="Memory for the whole process, such as 6GiB, 3000M or minimum. Default: what is free.",
+            env="OFFLOAD_RAM",
+        ),
     ] = None
     vram: Annotated[str | None, _memory("--vram", about="Memory on the device.", env="OFFLOAD_VRAM")] = None
     ctx: Annotated[
-        int | None, _memory("--ctx", "--ctx-size", "-c", about="Context length in tokens.", env="OFFLOAD_CTX")
+        int | None,
+        _memory(
+            "--ctx",
+            "--ctx-size",
+            "-c",
+            about="Context length in tokens. Default: the model's, at most 4096.",
+            env="OFFLOAD_CTX",
+        ),
     ] = None
-    device: Annotated[str, _memory("--device", about="auto, cpu, cuda:0 or torch:cpu.", env="OFFLOAD_DEVICE")] = "auto"
-    threads: Annotated[int | None, _memory("--threads", "-t", about="Compute threads.", env="OFFLOAD_THREADS")] = None
-    kv_type: Annotated[KVType, _memory("--kv-type", about="Element type of the KV cache.", env="OFFLOAD_KV_TYPE")] = (
-        KVType.f16
-    )
+    device: Annotated[
+        str, _memory("--device", about="auto, cpu, cuda:0 or torch:cpu. Default: auto.", env="OFFLOAD_DEVICE")
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        _memory("--threads", "-t", about="Compute threads. Default: as many as cores.", env="OFFLOAD_THREADS"),
+    ] = None
+    kv_type: Annotated[
+        KVType, _memory("--kv-type", about="Element type of the KV cache. Default: f16.", env="OFFLOAD_KV_TYPE")
+    ] = KVType.f16
 
     def planning(self) -> dict[str, Any]:
         """The options by the names of `offload.load`'s arguments."""
@@ -138,11 +165,17 @@ class LoadOptions(PlanOptions):
     expert_policy: Annotated[
         str,
         _memory(
-            "--expert-policy", about="Which expert makes room: auto, lru, lrfu-64, ..", env="OFFLOAD_EXPERT_POLICY"
+            "--expert-policy",
+            about="Which expert makes room for another: auto, lru, lfu, lrfu-4, lrfu-16, lrfu-64, shallow, density, "
+            "one-bit or regret. Default: auto, what a trace showed to be best, or lrfu-64.",
+            env="OFFLOAD_EXPERT_POLICY",
         ),
     ] = "auto"
     prefetch: Annotated[
-        PrefetchChoice, _memory("--prefetch", about="Read experts ahead of need.", env="OFFLOAD_PREFETCH")
+        PrefetchChoice,
+        _memory(
+            "--prefetch", about="Read experts ahead of need. Default: auto, while it pays.", env="OFFLOAD_PREFETCH"
+        ),
     ] = PrefetchChoice.auto
     skip_experts_below: Annotated[
         float,
@@ -150,6 +183,8 @@ class LoadOptions(PlanOptions):
             "--skip-experts-below",
             about="Leave out experts with a smaller share of the router's weights. Costs quality.",
             env="OFFLOAD_SKIP_EXPERTS_BELOW",
+            low=0,
+            high=1,
         ),
     ] = 0.0
     expert_pack: Annotated[
@@ -161,9 +196,20 @@ class LoadOptions(PlanOptions):
             "--coarse-experts-below",
             about="Read missing experts with a smaller share of the router's weights by half. Costs quality.",
             env="OFFLOAD_COARSE_EXPERTS_BELOW",
+            low=0,
+            high=1,
         ),
     ] = 0.0
-    workers: Annotated[int | None, _memory("--workers", about="Disk requests in flight.", env="OFFLOAD_WORKERS")] = None
+    workers: Annotated[
+        int | None,
+        _memory(
+            "--workers",
+            about="Disk requests in flight. Default: what suits the model.",
+            env="OFFLOAD_WORKERS",
+            low=1,
+            high=512,
+        ),
+    ] = None
     trace: Annotated[
         Path | None,
         typer.Option(

@@ -17,7 +17,7 @@ from offload.cli.grouping import grouped
 from offload.cli.loading import make_plan, notes
 from offload.cli.options import DebugOption, JsonOption, ModelArgument, PlanOptions
 from offload.cli.text import output_console
-from offload.units import GIB, format_duration, format_rate, format_size
+from offload.units import GIB, format_duration, format_rate, format_size, format_speed
 
 if TYPE_CHECKING:
     from offload.plan import Plan
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH: Final = 30
 _PARTS: Final = (
     ("pinned weights", "pinned_bytes"),
-    ("experts", "bank_bytes"),
+    ("room for experts", "bank_bytes"),
     ("token table", "embedding_bytes"),
     ("ring for streaming", "ring_bytes"),
     ("KV cache", "kv_bytes"),
@@ -79,7 +79,7 @@ def one_more(plan: Plan) -> Plan | None:
 
 def show(plan: Plan, console: Console) -> None:
     """Draw the plan."""
-    console.print(f"Memory: {format_size(plan.budget_bytes)}, at least {format_size(plan.minimum_bytes)} is needed")
+    console.print(f"Memory: {format_size(plan.budget_bytes)}; {format_size(plan.minimum_bytes)} would do")
     console.print(_memory_table(plan))
     console.print(f"\nWeights: {format_size(plan.model_bytes)}")
     console.print(_placement_table(plan))
@@ -101,23 +101,24 @@ def verdict(plan: Plan) -> Iterator[str]:
     for edge, bandwidth_bps in plan.edges.items():
         yield f"{edge}: {_moved(plan, bandwidth_bps)}"
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
-    yield f"About {plan.predicted_tps:.3g} tokens/s, bound by {plan.bound} ({times})"
+    yield f"About {format_speed(plan.predicted_tps)}, bound by {plan.bound} ({times})"
     at_end = plan.predicted_tps_at(plan.ctx)
     if at_end < 0.95 * plan.predicted_tps:
-        yield f"At the end of the full context of {plan.ctx} tokens: about {at_end:.3g} tokens/s"
+        yield f"At the end of the full context of {plan.ctx} tokens: about {format_speed(at_end)}"
     if plan.predicted_tps < 1:
         yield f"That is slow, a token every {format_duration(1 / plan.predicted_tps)}, and works"
     yield f"Context {plan.ctx} tokens; a prompt is read in passes of {plan.prefill_tokens_per_pass} tokens"
     more = one_more(plan)
     if more is not None:
         gain = more.predicted_tps / plan.predicted_tps
-        yield f"One more GiB would give about {more.predicted_tps:.3g} tokens/s ({gain:.2f}x)"
+        yield f"One more GiB would give about {format_speed(more.predicted_tps)} ({gain:.2f}x)"
 
 
 def _moved(plan: Plan, bandwidth_bps: float) -> str:
     first, last = plan.streamed_bytes_at(0), plan.streamed_bytes_at(plan.ctx)
     if not last:
-        return "nothing: all weights stay in memory"
+        where = "fits into what only prompts need" if plan.from_disk or plan.bank_bytes_on_disk else "stays in memory"
+        return f"nothing: all that tokens need {where}"
     later = (
         ""
         if first == last

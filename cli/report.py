@@ -57,9 +57,15 @@ def completion_line(completion: Completion) -> str:
     if disk is not None:
         parts.append(f"{format_size(disk.bytes)} from disk at {format_rate(disk.bandwidth_bps)}")
     if completion.experts is not None:
-        parts.append(f"experts {completion.experts.hit_rate:.0%} hit")
+        parts.append(f"experts {completion.experts.hit_rate:.0%} hit{traded(completion.experts)}")
     parts.append(f"peak {format_size(completion.peak_rss_bytes)}")
     return " · ".join(parts)
+
+
+def traded(experts: ExpertUse) -> str:
+    """How many experts were not computed as the model has them; empty when all were."""
+    coarse = f"; {experts.coarse} computed with half of their bits" if experts.coarse else ""
+    return coarse + (f"; {experts.skipped} left out" if experts.skipped else "")
 
 
 def disk_use(io: Mapping[str, EdgeUse]) -> EdgeUse | None:
@@ -95,8 +101,7 @@ def statistics_lines(statistics: Statistics, model_bytes: int) -> list[str]:
         lines.append(
             f"experts: {experts.demanded} chosen, {experts.hit_rate:.0%} of them in memory; "
             f"{experts.fetched_ahead} read ahead, {_share(experts.used_ahead, experts.fetched_ahead)} of these needed"
-            + (f"; {experts.coarse} computed with half of their bits" if experts.coarse else "")
-            + (f"; {experts.skipped} left out" if experts.skipped else "")
+            + traded(experts)
         )
     share = resident_share(statistics.residency, model_bytes)
     lines.append(f"{share:.0%} of the weights resident, {statistics.kv_tokens} tokens in the KV cache")

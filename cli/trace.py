@@ -12,7 +12,7 @@ from rich.table import Table
 
 from offload.cli.grouping import grouped
 from offload.cli.loading import open_engine
-from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument, QuietOption
+from offload.cli.options import DebugOption, ExpertModelArgument, JsonOption, LoadOptions, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.run import read_prompt
 from offload.cli.text import output_console, user_path
@@ -22,8 +22,8 @@ from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
 from offload.prefetch.prediction import PREDICTORS
 from offload.prefetch.replay import recall, replay, whole
 from offload.prefetch.routing import RoutingTrace, effective_experts
-from offload.prefetch.trace_file import read_routing, write_routing
-from offload.tuning import save_tuning, trace_path, tune_by_replay
+from offload.prefetch.trace_file import check_place, read_routing, write_routing
+from offload.tuning import LEAST_TOKENS, learn, save_tuning, trace_path
 from offload.units import format_size, parse_size
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ PredictorsOption = Annotated[
 @grouped
 def record(
     load: LoadOptions,
-    model: ModelArgument = None,
+    model: ExpertModelArgument,
     prompt: PromptOption = None,
     file: FileOption = None,
     max_tokens: AnswerTokensOption = 0,
@@ -84,10 +84,16 @@ def record(
     """Run a text through a model with experts and write down what its routers choose."""
     del debug
     text = read_prompt(prompt, file)
+    if output is not None:
+        output = checked_output(user_path(output))
     with Bars(enabled=bars_wanted(quiet=quiet)) as bars, open_engine(model, load, bars) as engine:
-        bars.update("recording", 0, None)
-        trace = record_in_parts(engine, text, max_tokens, origin=str(file) if file else "a prompt")
-        path = trace_path(trace.model) if output is None else user_path(output)
+        trace = record_in_parts(engine, text, max_tokens, origin=str(file) if file else "a prompt", bars=bars)
+        if output is None and trace.num_tokens < LEAST_TOKENS:
+            raise UsageError(
+                f"{trace.num_tokens} tokens are too few to learn from, {LEAST_TOKENS} would do: give a longer text, or "
+                "--output to write down what there is"
+            )
+        path = output or trace_path(trace.model)
         write_routing(path, trace)
         lines = [f"{trace.num_tokens} tokens through {len(trace.layers)} layers, written to {path}"]
         if output is None:
@@ -98,33 +104,48 @@ def record(
             typer.echo(line)
 
 
-def record_in_parts(engine: Engine, text: str, max_tokens: int, origin: str) -> RoutingTrace:
+def checked_output(path: Path) -> Path:
+    """Where a trace can be written, found out before the work and not after it.
+
+    Raises:
+        UsageError: no such folder. StorageError: something else is there.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(f"--output {path}: no such folder {path.parent}; make it, or choose another place")
+    check_place(path)
+    return path
+
+
+def record_in_parts(engine: Engine, text: str, max_tokens: int, origin: str, bars: Bars) -> RoutingTrace:
     """The routing of a prompt and its answer, or of a text of any length, by parts that the context holds.
 
     Raises:
         UsageError: the text has no tokens, or the model no experts.
     """
     if max_tokens:
+        bars.update("recording", 0, None)
         return engine.record_routing(text, max_tokens=max_tokens, origin=origin)
     tokens = engine.tokenize(text)
     if not tokens:
         raise UsageError("the text is empty: nothing to record")
-    parts = [
-        engine.record_routing(tokens[at : at + engine.ctx], origin=origin) for at in range(0, len(tokens), engine.ctx)
-    ]
+    parts = []
+    for start in range(0, len(tokens), engine.ctx):
+        bars.update("recording", start, len(tokens))
+        parts.append(engine.record_routing(tokens[start : start + engine.ctx], origin=origin))
     return RoutingTrace.joined(parts)
 
 
 def remember(trace: RoutingTrace, engine: Engine) -> str:
     """Lets plan and chat know what a replay finds best for this model and budget."""
-    plan = engine.plan
-    share = sum(plan.bank_slots) / sum(bank.num_experts for bank in plan.demand.banks)
-    tuning = tune_by_replay(trace, min(share, 0.9))
+    tuning = learn(trace, min(engine.plan.expert_share, 0.9))
     try:
         save_tuning(trace.model, tuning)
     except StorageError as error:
         return f"not remembered: {error}"
-    return f"policy {tuning.policy} suits it best; plan predicts from this trace from now on"
+    suits = "which decoding showed to be fastest" if tuning.by == "trial" else "which suits it best"
+    if tuning.policy == DEFAULT_EVICTION and tuning.by == "replay":
+        suits = "the default, since no other is clearly better"
+    return f"policy {tuning.policy}, {suits}; plan predicts from this trace from now on"
 
 
 @app.command("replay")
@@ -141,11 +162,12 @@ def replay_trace(
     del debug
     unknown = [name for name in policy or () if name not in EVICTION]
     if unknown:
-        raise UsageError(f"--policy {unknown[0]}: choose {', '.join(EVICTION)}")
+        hint = f"; {OPTIMUM}, the optimum, is always shown" if unknown[0] == OPTIMUM else ""
+        raise UsageError(f"--policy {unknown[0]}: choose {', '.join(EVICTION)}{hint}")
     trace = whole(read_routing(user_path(file)))
     if trace.num_tokens < 2:
         raise UsageError(f"{file}: {trace.num_tokens} tokens that reached all layers; record a longer text")
-    report = make_report(trace, sizes(trace, ram, cache), list(policy or EVICTION))
+    report = make_report(trace, sizes(trace, ram, cache), list(dict.fromkeys(policy or EVICTION)))
     if predictors:
         report["predictors"] = list(recalls(trace))
     if as_json:
@@ -215,9 +237,10 @@ def show(report: dict[str, Any]) -> None:
     )
     if report["segment_routing_performance"] is not None:
         console.print(
-            f"routing of 16 tokens in a row: SRP {report['segment_routing_performance']:.2f}, "
-            f"SCH at twice a token's experts {report['segment_cache_hit_rate']:.2f} (1 suits offloading, "
-            f"{report['used'] / report['experts']:.2f} is chance)"
+            f"16 tokens in a row, the best fixed choice of as many experts as a token uses: "
+            f"{report['segment_routing_performance']:.2f} of what they choose (SRP); "
+            f"of twice as many: {report['segment_cache_hit_rate']:.2f} (SCH). "
+            f"1 suits offloading, {report['used'] / report['experts']:.2f} is chance"
         )
     if "predictors" in report:
         table = Table("layers ahead", "predictor", "named as many as used", "twice as many", box=None)

@@ -105,8 +105,8 @@ class SlotBorrower:
     def nbytes(self) -> int:
         """See `Borrower.nbytes`."""
         return sum(
-            (bank.num_slots - slots) * bank.spec.stride
-            for bank, slots in zip(self._banks, self._plan.bank_slots, strict=True)
+            (bank.num_slots - slots) * demand.expert_bytes
+            for bank, slots, demand in zip(self._banks, self._plan.bank_slots, self._plan.demand.banks, strict=True)
         )
 
     def give_back(self, positions: int, *, prompt: bool) -> None:

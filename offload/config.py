@@ -145,7 +145,8 @@ class LoadConfig:
         _check_number("coarse_experts_below", self.coarse_experts_below, 0.0, 1.0, whole=False)
         if self.coarse_experts_below and self.expert_pack is None:
             raise UsageError(
-                "coarse_experts_below: needs a side file; write one with `offload pack` and give expert_pack"
+                "coarse experts are read from a side file: write one with `offload pack`, and name it by expert_pack "
+                "(--expert-pack)"
             )
         if self.prefetch not in ("auto", "on", "off"):
             raise UsageError(f"prefetch={self.prefetch!r}: choose auto, on or off")

@@ -123,6 +123,8 @@ class ExpertCache:
                 del current.needed[key]  # its slot may be given away
                 current.keep.discard(key)
             self._start(bank, layer)
+            if not current.flights and current.waiting:
+                self._read_anew(bank, layer)
             ready = self._land(bank, current, cancel)
         self._current = None
 
@@ -177,6 +179,16 @@ class ExpertCache:
         current.flights.extend(started)
         for _ in started:
             current.waiting.popleft()
+
+    def _read_anew(self, bank: ExpertBank, layer: int) -> None:
+        """All slots hold coarse experts that are needed in full, and there is none for the rest of one: reads it whole."""
+        current = self._current
+        assert current is not None
+        key = current.waiting[0]
+        assert current.forms[key] == "rest", (key, current.forms[key])
+        bank.forget(key)
+        del current.forms[key]
+        self._start(bank, layer)
 
     def _land(self, bank: ExpertBank, current: _Layer, cancel: CancelToken | None) -> list[ExpertKey]:
         """Waits for the first flight; returns what has arrived by then."""
@@ -235,8 +247,12 @@ class ExpertCache:
             self._telemetry.guesses += 1
 
     def _promote(self, needed: Iterable[ExpertKey]) -> dict[ExpertKey, Flight]:
-        """Turns guesses on their way into demands, where they were right, and drops what is left of the others."""
-        right = {key: self._ahead.pop(key) for key in needed if key in self._ahead}
+        """Turns guesses on their way into demands, where they were right, and drops what is left of the others.
+
+        One that was dropped before, or has failed, and is needed after all, is read again.
+        """
+        sound = {key for key, flight in self._ahead.items() if flight.handle.error is None}
+        right = {key: self._ahead.pop(key) for key in needed if key in sound}
         for flight in right.values():
             self._banks[flight.key.layer].release(flight)
         if right:

@@ -96,6 +96,12 @@ class ExpertBank:
         """A token needs these experts, wherever they are."""
         self._policy.chosen(layer, experts)
 
+    def forget(self, key: ExpertKey) -> None:
+        """Gives up the slot of a resident expert."""
+        self._policy.remove(key)
+        self._coarse.discard(key)
+        self._free.append(self._resident.pop(key))
+
     def resize(self, num_slots: int) -> None:
         """Has so many slots from now on. When slots go, the least useful experts do. Nothing may be on its way.
 
@@ -207,9 +213,7 @@ class ExpertBank:
         missing = count - len(self._free)
         if missing > 0:
             for victim in self._policy.victims(layer, missing + more, keep):
-                self._policy.remove(victim)
-                self._coarse.discard(victim)
-                self._free.append(self._resident.pop(victim))
+                self.forget(victim)
 
     def _read(
         self, taken: Sequence[tuple[ExpertKey, int]], source: deque[int] | list[int], forms: Mapping[ExpertKey, Form],

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Final
 from platformdirs import user_cache_path
 
 from offload.errors import StorageError
+from offload.writing import PRIVATE, beside
 
 _FORMAT: Final = 3
 _MEMORY_INFO: Final = Path("/proc/meminfo")
@@ -90,21 +90,15 @@ def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
-    """Writes a JSON object in one step: temporary file, rename.
+    """Writes a JSON object in one step.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.stem}-", dir=path.parent)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(record, file, indent=1)
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        with beside(path, mode=PRIVATE) as temporary:
+            temporary.write_text(json.dumps(record, indent=1))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}", path=str(path), errno=error.errno) from error
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -167,7 +167,8 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     budget = config.ram if config.ram is not None else default_budget(base)
     for candidate in (demand(budget, base), demand(None, base)):
         if budget >= minimum_budget(candidate):
-            return make_plan(candidate, budget, footprint.device_budget_bytes)
+            plan = make_plan(candidate, budget, footprint.device_budget_bytes)
+            return replace(plan, minimum_bytes=min(budget, minimum_budget(named)))
     return make_plan(named, budget, footprint.device_budget_bytes)
 
 

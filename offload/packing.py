@@ -8,10 +8,11 @@ A standard GGUF, written by the `gguf` library (kept by llama.cpp's authors, wit
 
 from __future__ import annotations
 
+import hashlib
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Final, NamedTuple
 
@@ -24,16 +25,20 @@ from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import Checkpoint, TensorInfo
 from offload.models.registry import build_model
+from offload.units import format_size
+from offload.writing import beside
 
 if TYPE_CHECKING:
     from gguf import GGUFWriter
 
 ARCHITECTURE: Final = "offload-pack"
-VERSION: Final = 1
+VERSION: Final = 2
 ROLES: Final = ("gate", "up", "down")
 _ALIGNMENT: Final = 32
 _VERSION_KEY: Final = f"{ARCHITECTURE}.version"
 _MODEL_KEY: Final = f"{ARCHITECTURE}.model"
+_SAMPLES_KEY: Final = f"{ARCHITECTURE}.samples"
+_SAMPLE_BYTES: Final = 4096
 
 OnProgress = Callable[[int, int], None]
 
@@ -58,7 +63,7 @@ def write_pack(model_path: Path, output: Path, progress: OnProgress | None = Non
 
     Raises:
         UsageError: the model has no experts, or something is at `output`. UnsupportedError: an element type whose bits are
-            not split. StorageError: a read or a write failed; nothing is left behind.
+            not split. StorageError: no room, or a read or a write failed; nothing is left behind.
     """
     checkpoint = open_checkpoint(model_path)
     model = build_model(checkpoint, 1)
@@ -67,16 +72,21 @@ def write_pack(model_path: Path, output: Path, progress: OnProgress | None = Non
     if output.exists():
         raise UsageError(f"{output}: it is there already; remove it or choose another place")
     tensors = list(_tensors(model))
-    temporary = output.with_name(f".{output.name}.partial")
+    _check_room(output, sum(tensor.nbytes for tensor in tensors))
+    samples = _samples(model)
     try:
-        nbytes = _write(temporary, checkpoint, tensors, progress)
-        temporary.replace(output)
-    except BaseException as error:
-        with suppress(OSError):
-            temporary.unlink()
-        if isinstance(error, OSError):
-            raise StorageError(f"pack {output}: {error.strerror}; nothing was written", path=str(output)) from None
-        raise
+        with beside(output, new=True) as temporary:
+            nbytes = _write(temporary, _header(temporary, checkpoint, samples, tensors), tensors, progress)
+            if open_checkpoint(model_path).fingerprint != checkpoint.fingerprint or _samples(model) != samples:
+                raise StorageError(
+                    f"{model_path}: it changed while it was read; nothing was written: pack it again",
+                    path=str(model_path),
+                )
+    except OSError as error:
+        raise StorageError(
+            f"pack {output}: {error.strerror}; nothing was written: choose another place with --output",
+            path=str(output),
+        ) from None
     return nbytes
 
 
@@ -86,12 +96,14 @@ def open_pack(path: Path, checkpoint: Checkpoint, model: Model) -> Pack:
     Raises:
         CheckpointError: not a side file, damaged, or of another model.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; `offload pack` makes the side file of a model", path=str(path))
     pack = open_checkpoint(path)
     if pack.architecture != ARCHITECTURE:
-        raise CheckpointError(f"{path}: not a side file of `offload pack`", path=str(path))
+        raise CheckpointError(f"{path}: not a side file; `offload pack` makes one", path=str(path))
     if pack.metadata.get(_VERSION_KEY) != VERSION:
         raise CheckpointError(f"{path}: of another version; pack the model again", path=str(path))
-    if pack.metadata.get(_MODEL_KEY) != checkpoint.fingerprint:
+    if pack.metadata.get(_MODEL_KEY) != checkpoint.fingerprint or pack.metadata.get(_SAMPLES_KEY) != _samples(model):
         raise CheckpointError(f"{path}: the side file of another model; pack this one", path=str(path))
     extents: dict[ExpertKey, list[tuple[Extent, Extent]]] = {}
     for name, layer, matrices in _named(model):
@@ -104,7 +116,8 @@ def open_pack(path: Path, checkpoint: Checkpoint, model: Model) -> Pack:
         for expert in range(len(matrices)):
             extents.setdefault(ExpertKey(layer, expert), []).append((_row(high, expert), _row(low, expert)))
     return Pack(
-        path, {key: Planes(*(tuple(half) for half in zip(*pairs, strict=True))) for key, pairs in extents.items()}
+        pack.files[0],
+        {key: Planes(*(tuple(half) for half in zip(*pairs, strict=True))) for key, pairs in extents.items()},
     )
 
 
@@ -143,8 +156,40 @@ def _row(tensor: TensorInfo, index: int) -> Extent:
     return Extent(path=tensor.extent.path, offset=tensor.extent.offset + index * each, nbytes=each)
 
 
-def _write(path: Path, checkpoint: Checkpoint, tensors: list[_Tensor], progress: OnProgress | None) -> int:
-    writer = _header(path, checkpoint, tensors)
+def _check_room(output: Path, nbytes: int) -> None:
+    """
+    Raises:
+        StorageError: no such folder, or too little room in it.
+    """
+    folder = output.parent
+    if not folder.is_dir():
+        raise StorageError(
+            f"pack {output}: no such folder {folder}; make it, or choose another place", path=str(output)
+        )
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise StorageError(
+            f"pack {output}: needs {format_size(nbytes)}, {folder} has {format_size(free)} free; make room there, or "
+            "choose another place with --output",
+            path=str(output),
+        )
+
+
+def _samples(model: Model) -> str:
+    """A hex digest over a few bytes of each layer's experts: another model may have the same names and shapes."""
+    digest = hashlib.sha256()
+    for _, _, matrices in _named(model):
+        for matrix in (matrices[0], matrices[len(matrices) // 2], matrices[-1]):
+            start = matrix.nbytes // 2
+            nbytes = min(_SAMPLE_BYTES, matrix.nbytes - start)
+            with matrix.extent.path.open("rb") as file:
+                digest.update(
+                    _read(file, replace(matrix.extent, offset=matrix.extent.offset + start, nbytes=nbytes)).tobytes()
+                )
+    return digest.hexdigest()
+
+
+def _write(path: Path, writer: GGUFWriter, tensors: list[_Tensor], progress: OnProgress | None) -> int:
     writer.write_header_to_file(path)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -165,13 +210,14 @@ def _write(path: Path, checkpoint: Checkpoint, tensors: list[_Tensor], progress:
         return file.tell()
 
 
-def _header(path: Path, checkpoint: Checkpoint, tensors: list[_Tensor]) -> GGUFWriter:
+def _header(path: Path, checkpoint: Checkpoint, samples: str, tensors: list[_Tensor]) -> GGUFWriter:
     from gguf import GGUFWriter
 
     writer = GGUFWriter(path, ARCHITECTURE)
     writer.add_name(f"coarse copies of the experts of {checkpoint.path.name}")
     writer.add_uint32(_VERSION_KEY, VERSION)
     writer.add_string(_MODEL_KEY, checkpoint.fingerprint)
+    writer.add_string(_SAMPLES_KEY, samples)
     for tensor in tensors:
         shape = (len(tensor.matrices), tensor.nbytes // len(tensor.matrices))
         writer.add_tensor_info(tensor.name, shape, np.dtype(np.int8), tensor.nbytes)

@@ -47,6 +47,7 @@ class Plan:
     """A placement and what follows from it. Byte counts are of host RAM unless they say otherwise.
 
     Attributes:
+        minimum_bytes: a budget that is sure to do.
         pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
         borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
         bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
@@ -125,12 +126,20 @@ class Plan:
         return self.streamed_bytes - lent + self.missed_bytes_at(position)
 
     @property
+    def expert_share(self) -> float:
+        """Of all experts, what memory holds; 1 where there are none."""
+        banks = self.demand.banks
+        return sum(self.bank_slots) / sum(bank.num_experts for bank in banks) if banks and self.bank_slots else 1.0
+
+    @property
+    def bank_bytes_held(self) -> int:
+        """Bytes of the experts that memory holds: of `bank_bytes`, what is weights."""
+        return sum(slots * bank.expert_bytes for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True))
+
+    @property
     def bank_bytes_on_disk(self) -> int:
         """Bytes of the experts that memory does not hold."""
-        return sum(
-            (bank.num_experts - slots) * bank.expert_bytes
-            for bank, slots in zip(self.demand.banks, self.bank_slots, strict=True)
-        )
+        return sum(bank.num_experts * bank.expert_bytes for bank in self.demand.banks) - self.bank_bytes_held
 
     @property
     def missed_bytes(self) -> int:
@@ -242,7 +251,7 @@ def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
     minimum = minimum_budget(demand)
     raise BudgetError(
         f"--ram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"it needs at least {format_size(minimum)} ({minimum} bytes): raise --ram or lower --ctx",
+        f"{format_size(minimum)} ({minimum} bytes) would do: raise --ram or lower --ctx",
         budget_bytes=budget,
         minimum_bytes=minimum,
     )
@@ -257,7 +266,7 @@ def _device(demand: Demand, budget: int) -> _Share:
     minimum = fixed + _ring(demand, everything, 0.0)
     raise BudgetError(
         f"--vram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"it needs at least {format_size(minimum)} ({minimum} bytes): raise --vram or lower --ctx",
+        f"{format_size(minimum)} ({minimum} bytes) would do: raise --vram or lower --ctx",
         budget_bytes=budget,
         minimum_bytes=minimum,
     )

@@ -86,9 +86,14 @@ def report_answer(runner: Runner, answer: Answer, before: Usage, *, load_s: floa
 
 def _residency(runner: Runner) -> dict[str, TierUse]:
     plan, lent = runner.plan, runner.lent_bytes
+    table = plan.demand.embedding
+    held = plan.pinned_bytes + plan.bank_bytes_held + plan.embedding_bytes + lent
+    on_disk = plan.streamed_bytes + plan.bank_bytes_on_disk - lent
+    if table is not None and not plan.embedding_bytes:
+        on_disk += table.nbytes
     return {
-        "ram": TierUse(bytes=plan.pinned_bytes + plan.bank_bytes + lent, hit_rate=runner.telemetry.hit_rate),
-        "nvme": TierUse(bytes=plan.streamed_bytes + plan.bank_bytes_on_disk - lent, hit_rate=1.0),
+        "ram": TierUse(bytes=held, hit_rate=runner.telemetry.hit_rate),
+        "nvme": TierUse(bytes=on_disk, hit_rate=1.0),
     }
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
 from offload.errors import StorageError
 from offload.telemetry import Event
+from offload.writing import beside
 
 _HEAD: Final = b'{"traceEvents"'
 
@@ -60,16 +59,10 @@ def write_trace(path: Path, events: Iterable[Event]) -> None:
         {"ph": "M", "pid": 1, "tid": lane, "name": "thread_name", "args": {"name": name}}
         for name, lane in lanes.items()
     ]
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
+        with beside(path) as temporary, temporary.open("w", encoding="utf-8") as file:
             json.dump({"traceEvents": [*names, *rows], "displayTimeUnit": "ms"}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
     except OSError as error:
-        with suppress(OSError):  # a name that cannot be written cannot be removed either
-            temporary.unlink()
         raise StorageError(
             f"trace {path}: {error.strerror}; choose another place for --trace", path=str(path)
         ) from None

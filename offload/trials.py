@@ -51,13 +51,17 @@ def candidates(best: Tuning, replayed: Tuning) -> Iterator[tuple[str, Tuning]]:
 
 
 def search(
-    trace: RoutingTrace, share: float, measure: Measure, report: Callable[[str], None] = lambda _: None
+    trace: RoutingTrace,
+    share: float,
+    measure: Measure,
+    begin: Callable[[str], None] = lambda _: None,
+    end: Callable[[Attempt], None] = lambda _: None,
 ) -> tuple[Tuning, list[Attempt]]:
     """Tries the candidates one after the other.
 
     Args:
         trace: of the model. share: of the experts that memory holds. measure: decodes with a tuning.
-        report: told what is tried next.
+        begin: told what is tried next. end: told what came of it.
 
     Raises:
         BackendError: a run gave other tokens.
@@ -72,10 +76,11 @@ def search(
             return best, attempts
         name, tuning = following
         tried.add(name)
-        report(name)
+        begin(name)
         gains = compare(best, tuning, measure)
         kept = min(gains) >= LEAST_GAIN
         attempts.append(Attempt(name, gains, kept))
+        end(attempts[-1])
         if kept:
             best = tuning
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
@@ -19,10 +19,11 @@ from offload.config import MAX_THREADS, Prefetch
 from offload.machine import host_fingerprint, write_record
 from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
 from offload.prefetch.replay import replay
-from offload.prefetch.routing import RoutingTrace
+from offload.prefetch.routing import RoutingTrace, legible
 
 _FORMAT: Final = 1
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
+LEAST_TOKENS: Final = 128  # of a trace from which anything is learned
 CURVE_SHARES: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
 REPLAYED_TOKENS: Final = 768
 WARM_UP_TOKENS: Final = 128
@@ -90,7 +91,15 @@ def tune_by_replay(trace: RoutingTrace, share: float) -> Tuning:
     by_chance = 2 * math.sqrt(rates[best] * (1 - rates[best]) / demands)
     policy = best if rates[best] > rates[DEFAULT_EVICTION] + by_chance else DEFAULT_EVICTION
     curve = tuple((part, hit_rate(trace, policy, part)) for part in CURVE_SHARES)
-    return Tuning(policy=policy, curve=curve, tokens=trace.num_tokens, origin=trace.origin)
+    return Tuning(policy=policy, curve=curve, tokens=trace.num_tokens, origin=legible(trace.origin))
+
+
+def learn(trace: RoutingTrace, share: float) -> Tuning:
+    """What a new trace tells, with what decoding for real has shown before. Not saved."""
+    replayed, known = tune_by_replay(trace, share), load_tuning(trace.model)
+    if known is None or known.by == "replay":
+        return replayed
+    return replace(known, curve=replayed.curve, tokens=replayed.tokens, origin=replayed.origin)
 
 
 def hit_rate(trace: RoutingTrace, policy: str, share: float) -> float:
@@ -116,23 +125,29 @@ def _parse(record: Any) -> Tuning | None:
     if record.pop("host", None) != host_fingerprint() or record.keys() != set(Tuning.__slots__):
         return None
     workers, curve = record["workers"], record["curve"]
+    texts = [record[name] for name in ("policy", "prefetch", "by", "origin")]
+    if not all(isinstance(text, str) and text.isprintable() for text in texts):
+        return None
     sound = (
         record["policy"] in EVICTION
         and record["prefetch"] in get_args(Prefetch)
-        and (workers is None or (isinstance(workers, int) and 1 <= workers <= MAX_THREADS))
+        and (workers is None or _is_whole(workers, 1, MAX_THREADS))
         and record["by"] in ("replay", "trial")
-        and isinstance(record["tokens"], int)
-        and isinstance(record["origin"], str)
+        and _is_whole(record["tokens"], 0, 1 << 40)
         and _is_curve(curve)
     )
     return Tuning(**{**record, "curve": tuple((float(x), float(y)) for x, y in curve)}) if sound else None
+
+
+def _is_whole(value: Any, least: int, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
 
 def _is_curve(curve: Any) -> bool:
     if not isinstance(curve, list) or not all(isinstance(point, list) and len(point) == 2 for point in curve):
         return False
     numbers = [number for point in curve for number in point]
-    if not all(isinstance(number, int | float) and math.isfinite(number) and 0 <= number <= 1 for number in numbers):
+    if not all(isinstance(number, int | float) and 0 <= number <= 1 for number in numbers):  # no NaN, nor infinity
         return False
     shares = [point[0] for point in curve]
     return shares == sorted(set(shares)) and all(0 < share < 1 for share in shares)

@@ -57,6 +57,13 @@ def format_rate(bytes_per_second: float) -> str:
     return f"{bytes_per_second:.0f} B/s"
 
 
+def format_speed(tokens_per_second: float) -> str:
+    """`8.32 tokens/s`, `1052 tokens/s`: three significant figures, and never an exponent."""
+    digits = 0 if tokens_per_second >= 99.95 else 1 if tokens_per_second >= 9.995 else 2
+    small = f"{tokens_per_second:.3g}" if tokens_per_second < 0.995 else f"{tokens_per_second:.{digits}f}"
+    return f"{small} tokens/s"
+
+
 def format_duration(seconds: float) -> str:
     """`85 ms`, `4.2 s`, `3 min 10 s`, `2 h 05 min`."""
     if seconds < 1:

@@ -96,6 +96,11 @@ class RoutingTrace:
         return {bank: max(1, round(part * len(rows) * self.num_experts)) for bank, rows in self.rows_of_bank.items()}
 
 
+def legible(text: str) -> str:
+    """A text for people as one line of printable characters."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text)
+
+
 def effective_experts(trace: RoutingTrace) -> float:
     """How many equally popular experts would have the entropy of what was chosen, in the mean of the layers."""
     counts = []

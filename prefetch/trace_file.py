@@ -15,10 +15,8 @@ checked against what it can be.
 from __future__ import annotations
 
 import json
-import os
 import struct
 import zlib
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 
 from offload.errors import CheckpointError, StorageError
-from offload.prefetch.routing import NOBODY, RoutingTrace
+from offload.prefetch.routing import NOBODY, RoutingTrace, legible
 from offload.units import GIB, format_size
+from offload.writing import beside
 
 MAGIC: Final = b"OFLROUTE"
 VERSION: Final = 1
@@ -36,6 +35,7 @@ MAX_NBYTES: Final = 2 * GIB  # of all arrays
 MAX_RATIO: Final = 1040  # zlib cannot compress better
 MAX_LAYERS: Final = 4096
 MAX_EXPERTS: Final = 32767
+MAX_DECISIONS: Final = 1 << 30  # tokens times experts of all layers; the optimum needs four bytes for each
 _START: Final = struct.Struct("<8sII")
 _ARRAYS: Final = {"choices": 3, "passes": 1, "weights": 3, "foreseen": 4}
 _SCALARS: Final = ("model", "origin", "num_experts", "fixed_bytes")
@@ -48,19 +48,13 @@ def write_routing(path: Path, trace: RoutingTrace) -> None:
     Raises:
         StorageError: the file cannot be written, or something else is there.
     """
-    _check_place(path)
+    check_place(path)
     data = encode(trace)
-    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with beside(path) as temporary:
+            temporary.write_bytes(data)
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise StorageError(f"routing trace {path}: {error.strerror}; choose another place", path=str(path)) from None
 
 
@@ -71,6 +65,10 @@ def read_routing(path: Path) -> RoutingTrace:
         StorageError: the file cannot be read. CheckpointError: it is no trace, damaged, or says what cannot be.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"routing trace {path}: not a regular file; name a trace", path=str(path))
+        if path.stat().st_size > MAX_NBYTES:
+            raise CheckpointError(f"routing trace {path}: larger than any trace; name another file", path=str(path))
         data = path.read_bytes()
     except OSError as error:
         raise StorageError(f"routing trace {path}: {error.strerror}; check the path", path=str(path)) from None
@@ -87,6 +85,7 @@ def encode(trace: RoutingTrace) -> bytes:
     arrays = {name: _packed(name, getattr(trace, name), trace.num_experts) for name in _ARRAYS}
     compressed = {name: zlib.compress(array.tobytes(), 6) for name, array in arrays.items()}
     header = {name: getattr(trace, name) for name in (*_SCALARS, *_BY_LAYER)}
+    header["origin"] = legible(trace.origin)
     header["arrays"] = {
         name: {"type": array.dtype.str, "shape": array.shape, "nbytes": len(compressed[name])}
         for name, array in arrays.items()
@@ -221,13 +220,21 @@ def _checked(trace: RoutingTrace) -> RoutingTrace:
         raise _Lie(f"weights of shape {trace.weights.shape}, choices of {trace.choices.shape}")
     if len(trace.weights) and not np.isfinite(trace.weights.astype(np.float32)).all():
         raise _Lie("weights: not all are numbers")
-    if len(trace.foreseen) and (len(trace.foreseen) != tokens or trace.foreseen.shape[2] != layers):
+    tokens_foreseen, ahead, layers_foreseen, width = trace.foreseen.shape
+    if max(ahead, layers_foreseen) > layers or width > trace.num_experts:
+        raise _Lie(f"foreseen of shape {trace.foreseen.shape} for {layers} layers of {trace.num_experts} experts")
+    if tokens_foreseen and (tokens_foreseen != tokens or layers_foreseen != layers):
         raise _Lie(f"foreseen of shape {trace.foreseen.shape}, choices of {trace.choices.shape}")
+    if tokens * layers * trace.num_experts > MAX_DECISIONS:
+        raise _Lie(
+            f"{tokens} tokens through {layers} layers of {trace.num_experts} experts are more than can be replayed"
+        )
     return trace
 
 
-def _check_place(path: Path) -> None:
-    """
+def check_place(path: Path) -> None:
+    """Where a trace may be written: nothing is there, or an earlier trace.
+
     Raises:
         StorageError: something else than a trace is there.
     """

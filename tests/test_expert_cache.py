@@ -318,6 +318,29 @@ def ahead() -> Iterator[Ahead]:
     made.slab.close()
 
 
+def test_a_guess_that_was_dropped_half_read_and_is_needed_after_all_is_read_anew(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6])
+    extent, destination, handle = ahead.reader.background.popleft()  # one piece is in flight, and takes its time
+    ahead.step(1, [3, 4])  # the guess was wrong: what has not started of it is dropped
+    assert not handle.done() and handle.error is not None
+    ahead.step(1, [5, 7])
+    assert ahead.kernels.computed[-2:] == [(0, ExpertKey(1, 5)), (0, ExpertKey(1, 7))]
+    assert ahead.telemetry.guesses_used == 0
+    ahead.reader.inner.read_extent(extent, destination)
+    handle.complete(extent.window_nbytes)
+    assert ahead.there(1) == [3, 4, 5, 7]
+    ahead.step(1, [5, 7])
+    assert ahead.telemetry.experts_hit == 2
+
+
+def test_a_guess_that_failed_is_read_anew(ahead: Ahead) -> None:
+    ahead.step(0, [1, 2], guess=[5, 6])
+    _, _, handle = ahead.reader.background.popleft()
+    handle.fail(StorageError("the disk failed, in the background"))
+    ahead.step(1, [5, 6])
+    assert {key.expert for _, key in ahead.kernels.computed[-2:]} == {5, 6}
+
+
 def test_a_right_guess_is_a_hit_and_stays(ahead: Ahead) -> None:
     ahead.step(0, [1, 2], guess=[5, 6], ahead=6)
     assert ahead.telemetry.guesses == 2

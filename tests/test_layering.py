@@ -16,7 +16,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {f"offload.{name}" for name in ("errors", "units", "elements", "blocks", "config", "results", "telemetry")}
+VOCABULARY = {
+    f"offload.{name}" for name in ("errors", "units", "elements", "blocks", "config", "results", "telemetry", "writing")
+}
 CHOOSES_A_FORMAT = "offload.models.text"  # each tokenizer library costs memory that the other format does not need
 MAY_HOLD_TORCH = ("offload.kernels.torch", "offload.tiers.vram")
 FOLDERS = ("offload", "tiers", "prefetch", "models", "cli")

@@ -294,3 +294,15 @@ def test_a_cancelled_loan_leaves_a_working_engine(streaming: Engine, monkeypatch
     assert answer.finish_reason == "cancelled"
     monkeypatch.undo()
     assert streaming.generate([1] * 60, max_tokens=4, temperature=0).tokens == expected
+
+
+def test_weights_are_in_memory_or_on_disk_and_nowhere_twice() -> None:
+    with offload.load(TRAINED, ctx=512, ram="minimum") as engine:
+        least = engine.plan.budget_bytes
+        nbytes = engine.plan.model_bytes
+    for more in (0, 2 * MIB, 5 * MIB, 9 * MIB, 100 * MIB):
+        with offload.load(TRAINED, ctx=512, ram=least + more) as engine:
+            engine.generate([1, 2, 3], max_tokens=4, temperature=0, ignore_eos=True)
+            found = {tier: use.bytes for tier, use in engine.statistics().residency.items()}
+        assert min(found.values()) >= 0
+        assert sum(found.values()) == pytest.approx(nbytes, rel=0.02), "blocks are counted in pages"

@@ -158,10 +158,82 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.packing.os.fsync", full)
-    with pytest.raises(StorageError, match="No space left on device; nothing was written"):
+    monkeypatch.setattr("offload.writing.os.fsync", full)
+    with pytest.raises(StorageError, match="No space left on device; nothing was written: choose another"):
         write_pack(TRAINED, tmp_path / "side.gguf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_differs_in_its_experts_only_is_another_one(side: Path, tmp_path: Path) -> None:
+    twin = Path(shutil.copy(TRAINED, tmp_path / "twin.gguf"))
+    extent = open_checkpoint(twin).tensors["blk.3.ffn_up_exps.weight"].extent
+    data = twin.read_bytes()
+    experts = data[extent.offset : extent.end]
+    twin.write_bytes(
+        data[: extent.offset] + experts[len(experts) // 2 :] + experts[: len(experts) // 2] + data[extent.end :]
+    )
+    assert open_checkpoint(twin).fingerprint == open_checkpoint(TRAINED).fingerprint
+    with pytest.raises(CheckpointError, match="of another model"):
+        offload.load(twin, ctx=64, expert_pack=side)
+
+
+def test_a_side_file_may_be_named_from_where_one_stands(
+    side: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(side.parent)
+    monkeypatch.setattr("offload.opening.make_plan", few_slots)
+    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    _, _, use = decode(expert_pack=side.name, coarse_experts_below=0.3)
+    assert use.coarse > 0
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("offload.packing.shutil.disk_usage", lambda place: usage._replace(free=1 << 20))
+    with pytest.raises(StorageError, match=r"needs 9\.\d+ MiB, .* has 1\.00 MiB free; make room"):
+        write_pack(TRAINED, tmp_path / "side.gguf")
+    with pytest.raises(StorageError, match="no such folder"):
+        write_pack(TRAINED, tmp_path / "none" / "side.gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_changes_under_the_packing_is_not_packed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Path(shutil.copy(TRAINED, tmp_path / "model.gguf"))
+    extent = open_checkpoint(model).tensors["blk.0.ffn_up_exps.weight"].extent
+
+    def change(done: int, total: int) -> None:
+        with model.open("r+b") as file:
+            file.seek(extent.offset)
+            file.write(bytes(extent.nbytes))
+
+    with pytest.raises(StorageError, match="it changed while it was read"):
+        write_pack(model, tmp_path / "side.gguf", change)
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_where_no_slot_is_left_for_the_rest_of_an_expert_it_is_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bank of one layer with as many slots as a token uses: all are coarse, and a prompt needs all of them in full."""
+    model = gguf_checkpoint("olmoe", tmp_path, "Q8_0", num_hidden_layers=1)
+    side, prompts = tmp_path / "side.gguf", [[(7 * n + m) % 250 for n in range(12)] for m in range(8)]
+    write_pack(model, side)
+    with offload.load(model, ctx=64) as engine:
+        expected = [engine.logits(prompt) for prompt in prompts]
+    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    with offload.load(
+        model, ctx=64, ram="minimum", expert_pack=side, coarse_experts_below=1.0, prefetch="off"
+    ) as engine:
+        (bank,) = engine._runner.scheduler._experts._banks.values()
+        anew: list[ExpertKey] = []
+        forget = bank.forget
+        monkeypatch.setattr(
+            bank, "forget", lambda key: (anew.append(key) if bank.is_coarse(key) else None, forget(key))
+        )
+        for prompt, logits in zip(prompts, expected, strict=True):
+            engine.generate(prompt, max_tokens=6, temperature=0, ignore_eos=True)
+            assert np.array_equal(engine.logits(prompt), logits)
+        assert bank.num_slots == bank.spec.least_slots and anew
 
 
 def test_a_side_file_of_another_model_is_refused(side: Path, tmp_path: Path) -> None:
@@ -169,6 +241,8 @@ def test_a_side_file_of_another_model_is_refused(side: Path, tmp_path: Path) -> 
     for path, words in ((other, "not a side file"), (side, "of another model"), (TRAINED, "not a side file")):
         with pytest.raises(CheckpointError, match=words):
             offload.load(other, ctx=64, expert_pack=path)
+    with pytest.raises(CheckpointError, match="no such file; `offload pack` makes"):
+        offload.load(other, ctx=64, expert_pack=tmp_path / "missing.gguf")
     cut = Path(shutil.copy(side, tmp_path / "cut.gguf"))
     with cut.open("r+b") as file:
         file.truncate(cut.stat().st_size // 2)

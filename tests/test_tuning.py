@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from offload.errors import BackendError, StorageError
 from offload.prefetch.policies import DEFAULT_EVICTION
 from offload.prefetch.synthetic import skewed, uniform
 from offload.trials import LEAST_GAIN, Attempt, Sample, compare, search
-from offload.tuning import CURVE_SHARES, Tuning, hit_rate, load_tuning, save_tuning, trace_path, tune_by_replay
+from offload.tuning import CURVE_SHARES, Tuning, hit_rate, learn, load_tuning, save_tuning, trace_path, tune_by_replay
 
 MODEL = "0123456789abcdef"
 TUNING = Tuning(
@@ -39,6 +40,8 @@ def test_what_was_found_is_found_again() -> None:
     [
         ("policy", "best"), ("prefetch", "maybe"), ("workers", 0), ("workers", "4"), ("by", "guess"), ("tokens", "9"),
         ("origin", 3), ("format", 0), ("host", "another"), ("curve", [[0.5, 0.9], [0.1, 0.2]]), ("curve", [[0.1, 1.2]]),
+        ("policy", []), ("policy", {}), ("prefetch", None), ("workers", True), ("tokens", -1), ("origin", "\x1b[31m"),
+        ("curve", [[0.1, 10**400]]), ("curve", [[0.1, None]]),
         ("curve", [[0.1]]), ("curve", [[1.0, 1.0]]), ("curve", "x"), ("more", 1),
     ],
 )  # fmt: skip
@@ -93,6 +96,17 @@ def test_banks_share_memory_in_proportion_to_what_they_could_hold() -> None:
     assert share_slots((), 100) == ()
     assert small.missed_bytes(5) == 4 * 9 * 3 // 4
     assert large.missed_bytes(20) == 8 * 19 // 4
+
+
+def test_a_new_trace_keeps_what_decoding_has_shown() -> None:
+    trace = replace(uniform(300, 2, 16, 2), model=MODEL)
+    assert learn(trace, 0.3) == tune_by_replay(trace, 0.3)
+    save_tuning(MODEL, TUNING)
+    learned = learn(trace, 0.3)
+    assert (learned.policy, learned.prefetch, learned.workers, learned.by) == ("lfu", "off", 5, "trial")
+    assert (learned.tokens, len(learned.curve)) == (300, len(CURVE_SHARES))
+    save_tuning(MODEL, replace(TUNING, by="replay"))
+    assert learn(trace, 0.3).workers is None
 
 
 # ---- trials

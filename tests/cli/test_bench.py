@@ -1,12 +1,14 @@
 import json
 from dataclasses import replace
+from io import StringIO
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
+from rich.console import Console
 from support.fake_engine import IO
 
-from offload.cli.bench import _cells, summarize
+from offload.cli.bench import _cells, show, summarize
 from offload.errors import StorageError
 from offload.results import EdgeUse, ExpertUse
 
@@ -49,6 +51,18 @@ def test_a_trace_that_fails_at_the_end_costs_no_report(invoke, engine_module, mo
     monkeypatch.setattr(engine_module.engine, "write_trace", Mock(side_effect=StorageError("no space")))
     result = invoke("bench", model, "-r", 1, "--trace", tmp_path / "trace.json", *options)
     assert "tg32" in result.stdout and (result.exit_code, result.stderr) == (1, "offload: error: no space\n")
+
+
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_no_figure_is_cut_on_a_narrow_terminal(width):
+    header = ("model", "size", "memory", "test", "tokens/s", "disk", "of its limit", "read a token", "bound")
+    cells = [("tiny.gguf", "7.96 GiB", "2.93 GiB", test, "3316.25", "1.61 GB/s", "94%", "341 MiB", "disk")
+             for test in ("pp512", "tg128")]  # fmt: skip
+    out = StringIO()
+    show(header, cells, Console(file=out, width=width))
+    lines = out.getvalue().splitlines()
+    assert all(word in out.getvalue() for word in (*header, *cells[0], *cells[1])) and "…" not in out.getvalue()
+    assert len(lines) == (3 if width == 200 else len(header)) and max(map(len, lines)) <= width
 
 
 def test_a_model_with_experts_tells_how_they_came(fake):

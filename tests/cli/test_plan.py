@@ -11,7 +11,7 @@ from offload.cli.plan import one_more, plan_json, show
 from offload.demand import Demand
 from offload.errors import BudgetError
 from offload.plan import make_plan
-from offload.units import format_size
+from offload.units import format_size, format_speed
 
 
 @pytest.fixture
@@ -43,20 +43,20 @@ def test_a_streamed_plan_is_drawn_with_its_price_and_what_a_gib_would_buy(demand
     assert "disk, streamed" in text and "memory, pinned" in text
     assert "bound by disk" in text and "That is slow" in text
     more = plan.with_budget(plan.budget_bytes + GIB)
-    assert f"One more GiB would give about {more.predicted_tps:.3g} tokens/s" in text
+    assert f"One more GiB would give about {format_speed(more.predicted_tps)}" in text
 
 
 def test_a_resident_plan_streams_nothing_and_sells_nothing(demand):
     plan = make_plan(demand, 8 * GIB)
     text = drawn(plan)
     assert one_more(plan) is None and "One more GiB" not in text and "disk, streamed" not in text
-    assert "nothing: all weights stay in memory" in text and "5 tokens/s, bound by compute" in text
+    assert "nothing: all that tokens need stays in memory" in text and "5.00 tokens/s, bound by compute" in text
 
 
 def test_what_a_full_context_costs_is_said_where_it_is_felt(demand):
     assert "full context" not in drawn(make_plan(demand, 8 * GIB))
     slower = make_plan(replace(demand, attention_s=0.2), 8 * GIB)
-    assert "end of the full context of 4096 tokens: about 2.5 tokens/s" in drawn(slower)
+    assert "end of the full context of 4096 tokens: about 2.50 tokens/s" in drawn(slower)
     assert plan_json(slower)["predicted_full_context_tps"] == pytest.approx(2.5)
 
 

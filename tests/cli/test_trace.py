@@ -92,12 +92,42 @@ def test_wrong_use_is_one_line(invoke, tmp_path, model):
     assert refused.exit_code == 1 and kept.read_text() == "precious" and refused.stderr.count("\n") == 1
 
 
+def test_too_little_text_teaches_nothing(invoke, recorded):
+    _, path = recorded
+    before = path.read_bytes()
+    result = invoke("trace", "record", MODEL, "-p", "def main():", "--ctx", 64, "-q")
+    assert result.exit_code == 2 and "tokens are too few to learn from, 128 would do" in result.stderr
+    assert path.read_bytes() == before
+
+
+def test_a_place_that_will_not_do_is_told_before_the_work(invoke, tmp_path, monkeypatch):
+    monkeypatch.setattr("offload.cli.trace.open_engine", None)
+    result = invoke("trace", "record", MODEL, "-p", "x", "-o", tmp_path / "none" / "a.trace", "-q")
+    assert result.exit_code == 2 and "no such folder" in result.stderr and not (tmp_path / "none").exists()
+
+
+def test_a_trial_keeps_the_longer_trace(invoke, recorded):
+    _, path = recorded
+    before, tokens = path.read_bytes(), read_routing(path).num_tokens
+    result = invoke("tune", MODEL, "--ram", "minimum", "--ctx", 128, "-n", 16, "-p", "def main():", "--json", "-q")
+    kept = json.loads(result.stdout)["kept"]
+    assert path.read_bytes() == before and kept["tokens"] == tokens and kept["by"] == "trial"
+
+
+def test_what_cannot_be_tuned_is_told(invoke, demo):
+    result = invoke("tune", MODEL, "--coarse-experts-below", 0.1, "-q")
+    assert result.exit_code == 2 and "cannot be compared" in result.stderr
+    result = invoke("tune", demo, "-q")
+    assert result.exit_code == 2 and "no experts, and so nothing to tune" in result.stderr
+
+
 def test_tune_tries_and_remembers(invoke, tmp_path):
     result = invoke("tune", MODEL, "--ram", "minimum", "--ctx", 128, "-n", 16, "-p", "def main():", "--json", "-q")
     assert result.exit_code == 0, result.stderr
     report = json.loads(result.stdout)
     assert {attempt["name"] for attempt in report["attempts"]} >= {"prefetch on", "prefetch off"}
     assert Path(report["path"]).is_file() and report["kept"]["by"] == "trial"
+    assert next(Path(report["path"]).parent.glob("*.trace")).is_file()
 
 
 def test_there_is_nothing_to_tune_where_everything_fits(invoke):

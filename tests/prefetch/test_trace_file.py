@@ -70,7 +70,7 @@ def test_a_full_disk_leaves_the_trace_before(tmp_path: Path, monkeypatch: pytest
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("offload.prefetch.trace_file.os.fsync", full)
+    monkeypatch.setattr("offload.writing.os.fsync", full)
     with pytest.raises(StorageError, match="No space left"):
         write_routing(path, replace(full_trace(), origin="new"))
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -168,6 +168,30 @@ def test_a_trace_that_contradicts_itself_is_refused(tmp_path: Path) -> None:
         ({"weights": trace.weights[:5]}, "weights of shape"),
     ):
         assert message in refused(encode(replace(trace, **change)), tmp_path)
+
+
+def test_sizes_beside_an_empty_dimension_are_checked_too(tmp_path: Path) -> None:
+    bare = replace(full_trace(), foreseen=np.zeros((40, 1, 3, 0), np.int16))
+    for shape in ([40, 1 << 40, 3, 0], [40, 1, 1 << 40, 0], [0, 4, 3, 2]):
+        assert "foreseen of shape" in refused(lying(put("arrays", "foreseen", "shape", value=shape), bare), tmp_path)
+
+
+def test_what_no_replay_could_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = full_trace()
+    monkeypatch.setattr("offload.prefetch.trace_file.MAX_DECISIONS", 40 * 3 * trace.num_experts - 1)
+    assert "more than can be replayed" in refused(encode(trace), tmp_path)
+
+
+def test_what_people_read_of_a_trace_is_one_printable_line(tmp_path: Path) -> None:
+    for origin in ("a\nb.py", "a\udcff.py", "\x1b[31m"):
+        write_routing(tmp_path / "a.trace", replace(full_trace(), origin=origin))
+        assert read_routing(tmp_path / "a.trace").origin.isprintable()
+
+
+def test_what_is_no_file_is_not_read(tmp_path: Path) -> None:
+    for place in (tmp_path, Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match="not a regular file"):
+            read_routing(place)
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path: Path) -> None:
