@@ -25,7 +25,7 @@ from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.packing import Pack
 from offload.plan import Plan
-from offload.prefetch.governor import Governor
+from offload.prefetch.governor import Governor, pays_at_first
 from offload.prefetch.policies import make_eviction
 from offload.residency import Residency
 from offload.stream import BlockStream
@@ -133,8 +133,10 @@ class _Host:
             first += _filling_order(spec, in_order=is_resident)
         banks = {layer: banks[layer] for layer in sorted(banks)}
         fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
+        largest = max((bank.expert_bytes for bank in plan.demand.banks), default=0)
+        governor = Governor(fixed, prior=pays_at_first(largest, plan.demand.disk_bps))
         cache = ExpertCache(
-            banks, backend, reader, telemetry, Governor(fixed), config.skip_experts_below, config.coarse_experts_below
+            banks, backend, reader, telemetry, governor, config.skip_experts_below, config.coarse_experts_below
         )
         cache.fill(first, report)
         fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())

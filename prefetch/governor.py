@@ -1,7 +1,8 @@
 """Whether reading ahead pays, decided by trial while tokens are made: some with, some without, and the faster way stays.
 
-A wrong guess costs the link that a right demand may need. Whether that loses depends on model, cache, disk and text, so it
-is measured where it matters, and again from time to time. What is computed does not depend on it.
+A wrong guess costs the link that a right demand may need, and any guess costs the processor. Whether that loses depends on
+model, cache, disk and text, so it is measured where it matters, and again from time to time. Before the first trial, what an
+expert takes to read decides. What is computed does not depend on it.
 """
 
 from __future__ import annotations
@@ -10,9 +11,13 @@ from collections.abc import Sequence
 from statistics import median
 from typing import Final
 
-WARM_UP_TOKENS: Final = 16  # a cache that has just been filled tells nothing
+GUESS_S: Final = 1e-4
+"""What a guess takes of the processor, about: where reading an expert takes less, there is nothing to gain."""
+WARM_UP_TOKENS: Final = 64  # a cache that has just been filled tells nothing; the default policy's memory is as long
 STINT_TOKENS: Final = 4  # the first of each is not counted: it finds what the other way has left
-TRIAL: Final = (True, False, False, True) * 3
+BLOCK: Final = (True, False, False, True)
+MOST_BLOCKS: Final = 3
+CLEAR: Final = 1.08  # times as fast: no more blocks are needed
 HOLD_TOKENS: Final = 512
 
 
@@ -20,12 +25,12 @@ class Governor:
     """Told how long each token took; says whether the next one may read ahead.
 
     Args:
-        fixed: True or False for always or never, None to try.
+        fixed: True or False for always or never, None to try. prior: the way until the first trial has ended.
     """
 
-    def __init__(self, fixed: bool | None = None) -> None:
+    def __init__(self, fixed: bool | None = None, *, prior: bool = True) -> None:
         self._fixed = fixed
-        self._choice = True
+        self._choice = prior
         self._until_trial = WARM_UP_TOKENS
         self._done = 0  # tokens of the trial
         self._seconds: dict[bool, list[float]] = {True: [], False: []}
@@ -35,7 +40,7 @@ class Governor:
         """Whether the token at hand may read ahead."""
         if self._fixed is not None:
             return self._fixed
-        return self._choice if self._until_trial else TRIAL[self._done // STINT_TOKENS]
+        return self._choice if self._until_trial else BLOCK[self._done // STINT_TOKENS % len(BLOCK)]
 
     def passed(self, seconds: float) -> None:
         """The token at hand took so long."""
@@ -47,12 +52,20 @@ class Governor:
         if self._done % STINT_TOKENS:
             self._seconds[self.allows].append(seconds)
         self._done += 1
-        if self._done == len(TRIAL) * STINT_TOKENS:
-            self._choice = is_faster(self._seconds[True], self._seconds[False])
-            self._seconds = {True: [], False: []}
-            self._done, self._until_trial = 0, HOLD_TOKENS
+        blocks, rest = divmod(self._done, len(BLOCK) * STINT_TOKENS)
+        if rest == 0:
+            gain = times_as_fast(self._seconds[True], self._seconds[False])
+            if blocks == MOST_BLOCKS or max(gain, 1 / gain) >= CLEAR:
+                self._choice = gain > 1
+                self._seconds = {True: [], False: []}
+                self._done, self._until_trial = 0, HOLD_TOKENS
 
 
-def is_faster(ours: Sequence[float], theirs: Sequence[float]) -> bool:
-    """Whether tokens of the first kind took less time, in the middle."""
-    return median(ours) < median(theirs)
+def pays_at_first(nbytes: int, bandwidth_bps: float) -> bool:
+    """Whether experts of so many bytes are likely to be worth guessing, before anything was tried."""
+    return nbytes / bandwidth_bps > GUESS_S
+
+
+def times_as_fast(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """As the others are tokens of the first kind, in the middle."""
+    return max(median(theirs), 1e-9) / max(median(ours), 1e-9)
