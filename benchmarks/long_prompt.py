@@ -3,7 +3,8 @@
     python benchmarks/long_prompt.py /tmp/bench/moe-16b.gguf --share 0.1 --prompt-tokens 2000
 
 A chunk is the tokens that pass through the model together. What it touches is counted from the routers' choices. Afterwards
-tokens are decoded: their hit rate, beside that before the prompt, shows whether the prompt flushed what they use.
+tokens are decoded: their hit rate, beside that before the prompt, shows whether the prompt flushed what they use. How many
+experts of a layer are effectively in use, by the entropy of the choices, says what kind of routing this is.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from harness.results import ROOT, table, write
 import offload
 from offload.engine import plan_model
 from offload.kernels.batch import MicroBatch
+from offload.prefetch.routing import effective_experts
 from offload.units import format_size
 
 HEADER = [
@@ -31,7 +33,9 @@ HEADER = [
     "read / touched",
     "hit before",
     "hit after",
+    "effectively used",
 ]
+ROUTED_TOKENS = 512
 
 
 def main() -> None:
@@ -79,6 +83,7 @@ def measure(options: argparse.Namespace) -> list[str]:
         done = engine.generate(prompt, max_tokens=1, temperature=0)
         runner.scheduler.observer = None
         after = decode()
+        trace = engine.record_routing(prompt[:ROUTED_TOKENS])
         chunks = -(-options.prompt_tokens // engine.plan.prefill_tokens_per_pass)
         expert_bytes = engine.plan.demand.banks[0].expert_bytes
         held = sum(engine.plan.bank_slots_at(options.prompt_tokens, prompt=True))
@@ -88,6 +93,7 @@ def measure(options: argparse.Namespace) -> list[str]:
     return [
         f"{share:.0%}", str(chunks), str(sum(touched)), str(done.experts.hits), format_size(once), format_size(read),
         f"{read / once:.3f}", f"{before:.0%}", f"{after:.0%}",
+        f"{effective_experts(trace):.1f} of {trace.num_experts}",
     ]  # fmt: skip
 
 
