@@ -20,7 +20,7 @@ VOCABULARY = {
     f"offload.{name}" for name in ("errors", "units", "elements", "blocks", "config", "results", "telemetry", "writing")
 }
 CHOOSES_A_FORMAT = "offload.models.text"  # each tokenizer library costs memory that the other format does not need
-MAY_HOLD_TORCH = ("offload.kernels.torch", "offload.tiers.vram")
+MAY_HOLD_TORCH = ("offload.kernels.torch", "offload.kernels.triton", "offload.tiers.vram")
 FOLDERS = ("offload", "tiers", "prefetch", "models", "cli")
 
 
@@ -127,7 +127,7 @@ LOADED_TWICE = """
 import pathlib, pkgutil, importlib, sys
 import offload
 for found in pkgutil.walk_packages(offload.__path__, "offload."):
-    if not found.name.startswith(("offload.kernels.torch", "offload.tiers.vram")):
+    if not found.name.startswith(("offload.kernels.torch", "offload.kernels.triton", "offload.tiers.vram")):
         importlib.import_module(found.name)
 seen = {}
 for name, module in list(sys.modules.items()):
