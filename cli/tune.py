@@ -115,7 +115,7 @@ def keep(best: Tuning, trace: RoutingTrace) -> tuple[Tuning, Path]:
     """Saves what was found; a longer trace that was recorded before stays, with what it tells."""
     known = load_tuning(trace.model)
     if known is not None and known.tokens > trace.num_tokens:
-        best = replace(best, curve=known.curve, tokens=known.tokens, origin=known.origin)
+        best = replace(best, curves=known.curves, tokens=known.tokens, origin=known.origin)
     else:
         write_routing(trace_path(trace.model), trace)
     return best, save_tuning(trace.model, best)

@@ -40,7 +40,43 @@ def least_bytes(banks: Sequence[BankDemand]) -> int:
 
 
 def share_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
-    """Shares memory among banks: what is left behind the least goes to all in proportion to what they could hold."""
+    """Shares memory among banks: where a trace tells what each would make of it, so that the fewest bytes are missed."""
+    known = banks and all(bank.curve for bank in banks)
+    return _by_gain(banks, available) if known else _in_proportion(banks, available)
+
+
+def _by_gain(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
+    """Always to the bank that a byte more spares the most. More memory never means fewer slots for any."""
+    slots, left = [bank.least_slots for bank in banks], available - least_bytes(banks)
+    steps = [(-gain, index, stop) for index, bank in enumerate(banks) for gain, stop in _gains(bank)]
+    for _, index, stop in sorted(steps):
+        count = min(stop - slots[index], left // banks[index].slot_bytes)
+        slots[index] += count
+        left -= count * banks[index].slot_bytes
+        if slots[index] < stop:
+            break
+    return tuple(slots)
+
+
+def _gains(bank: BankDemand) -> list[tuple[float, int]]:
+    """Bytes spared for each byte of memory, up to so many slots, in falling order: the curve's upper hull, step by step."""
+    marks = {bank.least_slots, bank.num_experts}
+    marks.update(int(share * bank.num_experts) for share, _ in bank.curve)
+    points = [(slots, bank.missed_bytes(slots)) for slots in sorted(marks) if slots >= bank.least_slots]
+    hull: list[tuple[int, int]] = []
+    for slots, missed in points:
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-2], (slots, missed)):
+            hull.pop()
+        hull.append((slots, missed))
+    return [(_slope(left, right) / bank.slot_bytes, right[0]) for left, right in pairwise(hull)]
+
+
+def _slope(left: tuple[int, int], right: tuple[int, int]) -> float:
+    return (left[1] - right[1]) / (right[0] - left[0])
+
+
+def _in_proportion(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
+    """What is left behind the least goes to all in proportion to what they could hold."""
     left = available - least_bytes(banks)
     wanted = sum(bank.slot_bytes * (bank.num_experts - bank.least_slots) for bank in banks)
     share = min(1.0, left / wanted) if wanted else 1.0

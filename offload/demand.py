@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Final
@@ -107,8 +107,9 @@ def model_blocks(model: Model, *, in_parts: bool) -> tuple[BlockSpec, ...]:
     )
 
 
-def model_banks(model: Model, curve: Curve = ()) -> tuple[BankDemand, ...]:
-    """What the model's experts need of memory, bank by bank. `curve`: see `BankDemand`."""
+def model_banks(model: Model, curves: Sequence[Curve] = ()) -> tuple[BankDemand, ...]:
+    """What the model's experts need of memory, bank by bank. `curves`: of each bank, see `BankDemand`; none if unknown."""
+    banks = expert_banks(model)
     return tuple(
         BankDemand(
             slot_bytes=bank.stride,
@@ -118,7 +119,7 @@ def model_banks(model: Model, curve: Curve = ()) -> tuple[BankDemand, ...]:
             used=sum(layer.num_used for layer in bank.layers),
             curve=curve,
         )
-        for bank in expert_banks(model)
+        for bank, curve in zip(banks, curves if len(curves) == len(banks) else [()] * len(banks), strict=True)
     )
 
 
@@ -158,7 +159,7 @@ def logits_rows(model: Model) -> int:
 def make_demand(
     model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int,
     micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
-    device_fixed: Mapping[str, int] | None = None, curve: Curve = (),
+    device_fixed: Mapping[str, int] | None = None, curves: Sequence[Curve] = (),
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -170,13 +171,13 @@ def make_demand(
         base_bytes: what the process uses before anything of the model is loaded.
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
-        curve: how often experts hit, from a trace; see `BankDemand`.
+        curves: how often experts hit, bank by bank, from a trace; see `BankDemand`.
     """
     blocks = model_blocks(model, in_parts=in_parts)
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
     rows = min(MICRO_BATCH_TOKENS, ctx)
     compute_s = compute_seconds(model, rates)
-    banks = model_banks(model, curve)
+    banks = model_banks(model, curves)
     everything = sum(block.footprint for block in blocks) + sum(bank.slot_bytes * bank.num_experts for bank in banks)
     missing = max(0, everything + kv_bytes + base_bytes - (budget_bytes or 0))
     per_pass = micro_batches_per_pass(

@@ -150,14 +150,14 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)
 
     tuning = known_tuning(opened)
-    curve = () if tuning is None else tuning.curve
+    curves = () if tuning is None else tuning.curves
 
     def demand(budget: int | None, base_bytes: int) -> Demand:
         return make_demand(
             opened.model, ctx=opened.ctx, in_parts=footprint.in_parts, kv_bytes=footprint.kv_bytes,
             workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes,
             micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
-            budget_bytes=budget, device_fixed=footprint.device_fixed, curve=curve,
+            budget_bytes=budget, device_fixed=footprint.device_fixed, curves=curves,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time

@@ -21,7 +21,7 @@ from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
 from offload.prefetch.replay import replay
 from offload.prefetch.routing import RoutingTrace, legible
 
-_FORMAT: Final = 1
+_FORMAT: Final = 2
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
 LEAST_TOKENS: Final = 128  # of a trace from which anything is learned
 CURVE_SHARES: Final = (0.05, 0.1, 0.2, 0.35, 0.5, 0.75)
@@ -36,14 +36,14 @@ class Tuning:
     Attributes:
         policy: which expert makes room, by its name in `prefetch.policies`. prefetch: whether experts are read ahead.
         workers: requests in flight; None for the default.
-        curve: hit rates by share of the experts that memory holds; empty when there is no trace.
+        curves: of each bank, hit rates by share of its experts that memory holds; empty when there is no trace.
         by: how it was found. tokens: of the trace. origin: of the trace, for people.
     """
 
     policy: str = DEFAULT_EVICTION
     prefetch: Prefetch = "auto"
     workers: int | None = None
-    curve: tuple[tuple[float, float], ...] = ()
+    curves: tuple[tuple[tuple[float, float], ...], ...] = ()
     by: Literal["replay", "trial"] = "replay"
     tokens: int = 0
     origin: str = ""
@@ -81,7 +81,7 @@ def trace_path(model: str) -> Path:
 
 
 def tune_by_replay(trace: RoutingTrace, share: float) -> Tuning:
-    """The policy with the best hit rate when memory holds this share of the experts, and its curve.
+    """The policy with the best hit rate when memory holds this share of the experts, and its curve for each bank.
 
     The default stays unless another is better by more than two standard errors of what so many demands can tell.
     """
@@ -90,8 +90,11 @@ def tune_by_replay(trace: RoutingTrace, share: float) -> Tuning:
     demands = min(trace.num_tokens, REPLAYED_TOKENS) * len(trace.layers) * trace.num_used
     by_chance = 2 * math.sqrt(rates[best] * (1 - rates[best]) / demands)
     policy = best if rates[best] > rates[DEFAULT_EVICTION] + by_chance else DEFAULT_EVICTION
-    curve = tuple((part, hit_rate(trace, policy, part)) for part in CURVE_SHARES)
-    return Tuning(policy=policy, curve=curve, tokens=trace.num_tokens, origin=legible(trace.origin))
+    curves = tuple(
+        tuple((part, hit_rate(trace.of_bank(bank), policy, part)) for part in CURVE_SHARES)
+        for bank in trace.rows_of_bank
+    )
+    return Tuning(policy=policy, curves=curves, tokens=trace.num_tokens, origin=legible(trace.origin))
 
 
 def learn(trace: RoutingTrace, share: float) -> Tuning:
@@ -99,7 +102,7 @@ def learn(trace: RoutingTrace, share: float) -> Tuning:
     replayed, known = tune_by_replay(trace, share), load_tuning(trace.model)
     if known is None or known.by == "replay":
         return replayed
-    return replace(known, curve=replayed.curve, tokens=replayed.tokens, origin=replayed.origin)
+    return replace(known, curves=replayed.curves, tokens=replayed.tokens, origin=replayed.origin)
 
 
 def hit_rate(trace: RoutingTrace, policy: str, share: float) -> float:
@@ -124,7 +127,7 @@ def _parse(record: Any) -> Tuning | None:
         return None
     if record.pop("host", None) != host_fingerprint() or record.keys() != set(Tuning.__slots__):
         return None
-    workers, curve = record["workers"], record["curve"]
+    workers, curves = record["workers"], record["curves"]
     texts = [record[name] for name in ("policy", "prefetch", "by", "origin")]
     if not all(isinstance(text, str) and text.isprintable() for text in texts):
         return None
@@ -134,9 +137,12 @@ def _parse(record: Any) -> Tuning | None:
         and (workers is None or _is_whole(workers, 1, MAX_THREADS))
         and record["by"] in ("replay", "trial")
         and _is_whole(record["tokens"], 0, 1 << 40)
-        and _is_curve(curve)
+        and isinstance(curves, list)
+        and all(map(_is_curve, curves))
     )
-    return Tuning(**{**record, "curve": tuple((float(x), float(y)) for x, y in curve)}) if sound else None
+    if not sound:
+        return None
+    return Tuning(**{**record, "curves": tuple(tuple((float(x), float(y)) for x, y in curve) for curve in curves)})
 
 
 def _is_whole(value: Any, least: int, most: int) -> bool:

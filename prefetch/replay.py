@@ -106,9 +106,7 @@ def whole(trace: RoutingTrace) -> RoutingTrace:
     kept = (trace.choices >= 0).all(axis=(1, 2))
     if kept.all():
         return trace
-    parts = {
-        name: part[kept] for name in ("choices", "passes", "weights", "foreseen") if len(part := getattr(trace, name))
-    }
+    parts = {name: part[kept] for name in ("choices", "passes", "foreseen") if len(part := getattr(trace, name))}
     return replace(trace, **parts)
 
 

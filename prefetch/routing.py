@@ -25,7 +25,6 @@ class RoutingTrace:
         slot_bytes: memory of one expert, by layer. fixed_bytes: memory that a run needs beside experts.
         choices: int16 [tokens, layers, used], best first; `NOBODY` where a token did not reach the layer.
         passes: int32 [tokens], ascending: tokens of one number were computed together.
-        weights: float16 [tokens, layers, used], how the router weighs each of the chosen; may have no tokens.
         foreseen: int16 [tokens, lookahead, layers, width]: at `[t, a, k]` what the router of layer `k` would have chosen,
             best first, given the hidden state `a + 1` layers with experts before it; may have no tokens.
     """
@@ -40,7 +39,6 @@ class RoutingTrace:
     fixed_bytes: int = 0
     choices: Ids
     passes: npt.NDArray[np.int32]
-    weights: npt.NDArray[np.float16] = field(default_factory=lambda: np.zeros((0, 0, 0), np.float16))
     foreseen: Ids = field(default_factory=lambda: np.zeros((0, 0, 0, 0), np.int16))
 
     @property
@@ -53,7 +51,7 @@ class RoutingTrace:
         """Traces of one model, one after the other."""
         first = parts[0]
         arrays: dict[str, Any] = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("choices", "weights", "foreseen")
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in ("choices", "foreseen")
         }
         counts = np.cumsum([0, *(int(part.passes[-1]) + 1 if part.num_tokens else 0 for part in parts)])
         passes = np.concatenate([part.passes + count for part, count in zip(parts, counts, strict=False)])
@@ -61,12 +59,18 @@ class RoutingTrace:
 
     def last(self, tokens: int) -> RoutingTrace:
         """The last so many tokens."""
-        parts = {
-            name: part[-tokens:]
-            for name in ("choices", "passes", "weights", "foreseen")
-            if len(part := getattr(self, name))
-        }
+        parts = {name: part[-tokens:] for name in ("choices", "passes", "foreseen") if len(part := getattr(self, name))}
         return replace(self, **parts)
+
+    def of_bank(self, bank: int) -> RoutingTrace:
+        """The layers of one bank. What other banks hold is nothing to it."""
+        rows = list(self.rows_of_bank[bank])
+        parts: dict[str, Any] = {
+            name: tuple(getattr(self, name)[row] for row in rows)
+            for name in ("layers", "expert_bytes", "banks", "slot_bytes")
+        }
+        foreseen = self.foreseen[:, :, rows] if len(self.foreseen) else self.foreseen
+        return replace(self, **parts, choices=self.choices[:, rows], foreseen=foreseen)
 
     @property
     def num_used(self) -> int:

@@ -1,7 +1,7 @@
 """Routing traces as files: every choice of a run in about a byte, small enough to mail, checked before it is believed.
 
     magic      8 bytes  OFLROUTE
-    version    u32      1                                             all numbers little-endian
+    version    u32      2                                             all numbers little-endian
     header     u32 length, then JSON: the fields of `RoutingTrace` but its arrays, and the arrays' names, types, shapes and
                bytes in the file
     arrays     each zlib-compressed, in the header's order. Experts are u8 where there are at most 255 of them, else u16;
@@ -29,7 +29,7 @@ from offload.units import GIB, format_size
 from offload.writing import beside
 
 MAGIC: Final = b"OFLROUTE"
-VERSION: Final = 1
+VERSION: Final = 2
 MAX_HEADER: Final = 1 << 20
 MAX_NBYTES: Final = 2 * GIB  # of all arrays
 MAX_RATIO: Final = 1040  # zlib cannot compress better
@@ -37,7 +37,7 @@ MAX_LAYERS: Final = 4096
 MAX_EXPERTS: Final = 32767
 MAX_DECISIONS: Final = 1 << 30  # tokens times experts of all layers; the optimum needs four bytes for each
 _START: Final = struct.Struct("<8sII")
-_ARRAYS: Final = {"choices": 3, "passes": 1, "weights": 3, "foreseen": 4}
+_ARRAYS: Final = {"choices": 3, "passes": 1, "foreseen": 4}
 _SCALARS: Final = ("model", "origin", "num_experts", "fixed_bytes")
 _BY_LAYER: Final = ("layers", "expert_bytes", "banks", "slot_bytes")
 
@@ -120,8 +120,8 @@ class _Lie(Exception):
 
 
 def _packed(name: str, array: npt.NDArray[Any], num_experts: int) -> npt.NDArray[Any]:
-    if name in ("weights", "passes"):
-        return array.astype("<f2" if name == "weights" else "<i4")
+    if name == "passes":
+        return array.astype("<i4")
     kind = np.dtype("u1" if num_experts <= 255 else "<u2")
     return np.where(array == NOBODY, np.iinfo(kind).max, array).astype(kind)
 
@@ -159,7 +159,7 @@ def _arrays(described: Any, data: bytes, start: int) -> dict[str, npt.NDArray[An
     for name, dimensions in _ARRAYS.items():
         shape = tuple(_whole(name, size, 1 << 40) for size in described[name]["shape"])
         kind = described[name]["type"]
-        allowed = {"weights": ("<f2",), "passes": ("<i4",)}.get(name, ("|u1", "<u2"))
+        allowed = ("<i4",) if name == "passes" else ("|u1", "<u2")
         if kind not in allowed or len(shape) != dimensions:
             raise _Lie(f"{name}: {kind} of {len(shape)} dimensions")
         nbytes = _whole(name, described[name]["nbytes"], len(data) - 4 - start)
@@ -185,7 +185,7 @@ def _inflated(name: str, part: bytes, expected: int, kind: str) -> npt.NDArray[A
     if len(raw) != expected or not inflater.eof or inflater.unused_data:
         raise _Lie(f"{name}: its bytes are not {expected} when unpacked")
     array = np.frombuffer(raw, dtype=kind)
-    if kind in ("<f2", "<i4"):
+    if kind == "<i4":
         return array
     nobody = np.iinfo(array.dtype).max
     ids = array.astype(np.int32)
@@ -216,10 +216,6 @@ def _checked(trace: RoutingTrace) -> RoutingTrace:
         raise _Lie("choices: a token with fewer experts than others")
     if trace.passes.shape != (tokens,) or (np.diff(trace.passes) < 0).any():
         raise _Lie("passes are not one number for each token, ascending")
-    if len(trace.weights) and trace.weights.shape != trace.choices.shape:
-        raise _Lie(f"weights of shape {trace.weights.shape}, choices of {trace.choices.shape}")
-    if len(trace.weights) and not np.isfinite(trace.weights.astype(np.float32)).all():
-        raise _Lie("weights: not all are numbers")
     tokens_foreseen, ahead, layers_foreseen, width = trace.foreseen.shape
     if max(ahead, layers_foreseen) > layers or width > trace.num_experts:
         raise _Lie(f"foreseen of shape {trace.foreseen.shape} for {layers} layers of {trace.num_experts} experts")

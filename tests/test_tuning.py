@@ -6,7 +6,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from offload.bank_plan import BankDemand, interpolate, least_bytes, share_slots
 from offload.errors import BackendError, StorageError
@@ -17,7 +20,7 @@ from offload.tuning import CURVE_SHARES, Tuning, hit_rate, learn, load_tuning, s
 
 MODEL = "0123456789abcdef"
 TUNING = Tuning(
-    policy="lfu", prefetch="off", workers=5, curve=((0.1, 0.2), (0.5, 0.9)), by="trial", tokens=7, origin="x"
+    policy="lfu", prefetch="off", workers=5, curves=(((0.1, 0.2), (0.5, 0.9)),), by="trial", tokens=7, origin="x"
 )
 
 
@@ -39,10 +42,11 @@ def test_what_was_found_is_found_again() -> None:
     ("name", "value"),
     [
         ("policy", "best"), ("prefetch", "maybe"), ("workers", 0), ("workers", "4"), ("by", "guess"), ("tokens", "9"),
-        ("origin", 3), ("format", 0), ("host", "another"), ("curve", [[0.5, 0.9], [0.1, 0.2]]), ("curve", [[0.1, 1.2]]),
+        ("origin", 3), ("format", 0), ("host", "another"), ("curves", [[[0.5, 0.9], [0.1, 0.2]]]),
+        ("curves", [[[0.1, 1.2]]]),
         ("policy", []), ("policy", {}), ("prefetch", None), ("workers", True), ("tokens", -1), ("origin", "\x1b[31m"),
-        ("curve", [[0.1, 10**400]]), ("curve", [[0.1, None]]),
-        ("curve", [[0.1]]), ("curve", [[1.0, 1.0]]), ("curve", "x"), ("more", 1),
+        ("curves", [[[0.1, 10**400]]]), ("curves", [[[0.1, None]]]), ("curves", [3]), ("curves", {}),
+        ("curves", [[[0.1]]]), ("curves", [[[1.0, 1.0]]]), ("curves", "x"), ("more", 1),
     ],
 )  # fmt: skip
 def test_what_makes_no_sense_counts_as_nothing(name: str, value: object) -> None:
@@ -67,8 +71,9 @@ def test_a_folder_that_cannot_be_written_is_named(cache: Path) -> None:
 def test_the_default_stays_where_nothing_is_better() -> None:
     tuning = tune_by_replay(uniform(400, 3, 16, 2), 0.3)
     assert tuning.policy == DEFAULT_EVICTION
-    assert [share for share, _ in tuning.curve] == list(CURVE_SHARES)
-    for share, rate in tuning.curve:
+    (curve,) = tuning.curves
+    assert [share for share, _ in curve] == list(CURVE_SHARES)
+    for share, rate in curve:
         assert rate == pytest.approx(share, abs=0.05)
 
 
@@ -104,9 +109,63 @@ def test_a_new_trace_keeps_what_decoding_has_shown() -> None:
     save_tuning(MODEL, TUNING)
     learned = learn(trace, 0.3)
     assert (learned.policy, learned.prefetch, learned.workers, learned.by) == ("lfu", "off", 5, "trial")
-    assert (learned.tokens, len(learned.curve)) == (300, len(CURVE_SHARES))
+    assert (learned.tokens, len(learned.curves[0])) == (300, len(CURVE_SHARES))
     save_tuning(MODEL, replace(TUNING, by="replay"))
     assert learn(trace, 0.3).workers is None
+
+
+def test_each_bank_has_a_curve_of_its_own() -> None:
+    even, uneven = uniform(400, 2, 16, 2), skewed(400, 2, 16, 2)
+    choices = np.concatenate([even.choices, uneven.choices], axis=1)
+    trace = replace(
+        even, layers=(0, 1, 2, 3), expert_bytes=(9,) * 4, slot_bytes=(10, 10, 20, 20), banks=(0, 0, 1, 1), choices=choices,
+        foreseen=np.zeros((0, 0, 0, 0), np.int16),
+    )  # fmt: skip
+    flat, steep = tune_by_replay(trace, 0.3).curves
+    assert [rate for _, rate in flat] == pytest.approx([share for share, _ in flat], abs=0.06)
+    assert dict(steep)[0.2] > dict(flat)[0.2] + 0.1
+
+
+curves = st.lists(st.floats(0, 1), min_size=3, max_size=3).map(sorted)
+banks = st.builds(
+    lambda slot, experts, rates: BankDemand(
+        slot_bytes=slot, expert_bytes=slot - 1, num_experts=experts, least_slots=2, used=4,
+        curve=tuple(zip((0.25, 0.5, 0.75), rates, strict=True)),
+    ),
+    st.integers(2, 40), st.sampled_from([8, 12, 20]), curves,
+)  # fmt: skip
+
+
+@given(st.lists(banks, min_size=1, max_size=3), st.floats(0, 1.1), st.floats(0, 1.1))
+def test_memory_goes_where_it_spares_most_and_more_never_takes_any_away(
+    banks: list[BankDemand], part: float, other: float
+) -> None:
+    most = sum(bank.slot_bytes * bank.num_experts for bank in banks)
+    least = least_bytes(banks)
+    small, large = sorted(least + int(share * (most - least)) for share in (part, other))
+    fewer, more = share_slots(banks, small), share_slots(banks, large)
+    assert all(few <= many for few, many in zip(fewer, more, strict=True))
+    for slots, available in ((fewer, small), (more, large)):
+        assert sum(bank.slot_bytes * count for bank, count in zip(banks, slots, strict=True)) <= available
+        assert all(bank.least_slots <= count <= bank.num_experts for bank, count in zip(banks, slots, strict=True))
+
+
+def test_the_split_is_that_of_an_exhaustive_search() -> None:
+    """For curves that bend down, and memory that slots divide: what is left to a greedy choice is no slot."""
+    steep = BankDemand(
+        slot_bytes=10, expert_bytes=10, num_experts=16, least_slots=2, used=4, curve=((0.25, 0.8), (0.5, 0.9))
+    )
+    flat = BankDemand(
+        slot_bytes=10, expert_bytes=10, num_experts=16, least_slots=2, used=4, curve=((0.25, 0.3), (0.5, 0.6))
+    )
+
+    def missed(slots: tuple[int, int]) -> int:
+        return steep.missed_bytes(slots[0]) + flat.missed_bytes(slots[1])
+
+    for total in range(4, 33):
+        found = share_slots((steep, flat), 10 * total)
+        best = min(missed((first, total - first)) for first in range(2, 17) if 2 <= total - first <= 16)
+        assert sum(found) == total and missed(found) <= best + 2, (total, found)  # bytes are rounded
 
 
 # ---- trials
@@ -137,7 +196,7 @@ def test_only_what_is_faster_both_times_is_kept() -> None:
     assert {attempt.name: attempt.kept for attempt in attempts} == {
         "prefetch on": True, "prefetch off": False, "3 requests in flight": False, "12 requests in flight": True,
     }  # fmt: skip
-    assert best.curve and best.tokens == 300
+    assert best.curves and best.tokens == 300
 
 
 def test_a_gain_that_does_not_come_back_is_not_kept() -> None:
