@@ -26,13 +26,25 @@ def random_matrix(element: ElementType, rows: int, columns: int, seed: int = 0) 
     """Stored bytes of a matrix with scales near one, so that sums stay finite."""
     random = np.random.default_rng(seed)
     raw = random.integers(0, 256, (rows, columns // element.block_elements, element.block_bytes), dtype=np.uint8)
-    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": ()}.get(element.name, (0,))
+    halves = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "MXFP4": (), "F32": (), "F16": (), "BF16": ()}.get(
+        element.name, (0,)
+    )
     for offset in halves:
         scale = random.uniform(0.001, 0.02, raw.shape[:2]).astype(np.float16)
         raw[..., offset : offset + 2] = scale[..., None].view(np.uint8)
+    if element.block_elements == 1:
+        numbers = random.uniform(-1, 1, raw.shape[:2]).astype(np.float32)
+        return as_stored(numbers, element)
     if element.name == "MXFP4":
         raw[..., 0] = random.integers(118, 124, raw.shape[:2])
     return raw
+
+
+def as_stored(numbers: np.ndarray, element: ElementType) -> np.ndarray:
+    if element.name == "BF16":
+        return np.ascontiguousarray(numbers.view(np.uint8).reshape(*numbers.shape, 4)[..., 2:])
+    kept = numbers.astype(np.float16) if element.name == "F16" else numbers
+    return kept.view(np.uint8).reshape(*numbers.shape, -1)
 
 
 def as_tensor(raw: np.ndarray) -> torch.Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -66,8 +67,12 @@ class PlainRunner:
     def _compute_experts(self, ops: TorchOps, layer: int) -> None:
         experts = self.model.experts[layer]
         for number in ops.routed[layer].experts.unique().tolist():
-            matrices = read_expert(experts, number)
-            ops.expert(experts, number, matrices)
+            ops.expert(experts, number, [partial(multiply, matrix) for matrix in read_expert(experts, number)])
+
+
+def multiply(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """A product with a plain matrix."""
+    return x @ matrix.T
 
 
 def read_expert(layer: ExpertLayer, number: int) -> list[torch.Tensor]:

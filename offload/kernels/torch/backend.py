@@ -1,12 +1,12 @@
 """The torch backend: runs stages on a torch device from the bytes that the device tier holds.
 
-Matrices stay as stored in the arena and are decoded to float32 when they are used. Called from one thread.
+Matrices stay as stored in the arena; what multiplies by them is `Products`. Called from one thread.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
@@ -19,21 +19,30 @@ from offload.config import KVType
 from offload.errors import BackendError
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.torch.cache import TorchCache
-from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
+from offload.kernels.torch.products import Products, products_for
 from offload.models.base import Model
+from offload.models.checkpoint.base import TensorInfo
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
 from offload.tiers.vram import DeviceTier
 
 
 class TorchBackend:
-    """See the module. An address is an offset into the arena of `tier`."""
+    """See the module. An address is an offset into the arena of `tier`.
+
+    Args:
+        products: what multiplies; left out, what suits the device.
+    """
 
     name = "torch"
 
-    def __init__(self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType) -> None:
+    def __init__(
+        self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType,
+        products: Products | None = None,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
+        self._products = products or products_for(tier.device)
         self._model = model
         self._tier = tier
         config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
@@ -111,6 +120,7 @@ class TorchBackend:
                 self._cache,
                 torch.arange(batch.start, batch.start + batch.num_tokens, device=device),
                 torch.tensor(batch.outputs or (0,), dtype=torch.int64, device=device),
+                self._product,
             )
             for batch in batches
         ]
@@ -176,13 +186,11 @@ class TorchBackend:
         for expert, slot in slots.items():
             if self._cancel is not None:
                 self._cancel.raise_if_cancelled()
-            matrices = [
-                dequantize(
-                    self._from_host(place.address + slot * place.stride + offset, info.nbytes), info.element, info.shape
-                )
+            products = [
+                self._multiplier(self._from_host(place.address + slot * place.stride + offset, info.nbytes), info)
                 for offset, info in zip(place.offsets, experts.experts[expert], strict=True)
             ]
-            self._ops[batch].expert(experts, expert, matrices)
+            self._ops[batch].expert(experts, expert, products)
         return perf_counter() - start
 
     def logits(self, batch: int) -> Floats:
@@ -209,7 +217,17 @@ class TorchBackend:
         if vector is not None:
             return vector
         info = self._model.matrices[name]
-        return dequantize(self._tier.view(self._offsets[name], info.nbytes), info.element, info.shape)
+        return self._products.values(self._stored(name), info.element, info.shape)
+
+    def _stored(self, name: str) -> torch.Tensor:
+        return self._tier.view(self._offsets[name], self._model.matrices[name].nbytes)
+
+    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return self._multiplier(self._stored(name), self._model.matrices[name])(x)
+
+    def _multiplier(self, raw: torch.Tensor, info: TensorInfo) -> Callable[[torch.Tensor], torch.Tensor]:
+        rows, columns = info.shape
+        return lambda x: self._products.product(x, raw, info.element, (rows, columns))
 
 
 def free_device_bytes(device: str) -> int:

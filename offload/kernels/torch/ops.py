@@ -29,6 +29,7 @@ class TorchOps(Ops[torch.Tensor]):
 
     Args:
         weights: gives a matrix [out_features, in_features] or a vector by name, float32.
+        product: multiplies by a matrix, `product(x, name)`; left out, its values are multiplied.
         cache: holds the positions before those of the batch; the batch's own are added to it.
         positions: int64 [num_tokens]; all from 0 to the largest must be in the cache or in the batch.
         output_rows: int64, rows of the batch whose logits are asked for.
@@ -38,8 +39,12 @@ class TorchOps(Ops[torch.Tensor]):
         foreseen: by layer and how many layers before, all experts in the order in which they were guessed.
     """
 
-    def __init__(self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor) -> None:
+    def __init__(
+        self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor,
+        product: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+    ) -> None:  # fmt: skip
         self._weights = weights
+        self._product = product or (lambda x, name: functional.linear(x, weights(name)))
         self._cache = cache
         self._positions = positions
         self._output_rows = output_rows
@@ -51,7 +56,7 @@ class TorchOps(Ops[torch.Tensor]):
         self.foreseen: dict[tuple[int, int], torch.Tensor] = {}
 
     def linear(self, x: torch.Tensor, weight: str, bias: str | None = None) -> torch.Tensor:
-        return functional.linear(x, self._weights(weight), None if bias is None else self._weights(bias))
+        return _biased(self._product(x, weight), None if bias is None else self._weights(bias))
 
     def rms_norm(self, x: torch.Tensor, weight: str | None, eps: float) -> torch.Tensor:
         normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -134,9 +139,11 @@ class TorchOps(Ops[torch.Tensor]):
     def mix(self, layer: int) -> torch.Tensor:
         return self.routed.pop(layer).mixed()
 
-    def expert(self, layer: ExpertLayer, number: int, matrices: Sequence[torch.Tensor]) -> None:
-        """Computes one expert, given by its gate, up and down matrices, for the tokens that were sent to it."""
-        gate, up, down = matrices
+    def expert(
+        self, layer: ExpertLayer, number: int, products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
+    ) -> None:
+        """Computes one expert, given by the products with its gate, up and down matrices, for the tokens sent to it."""
+        gate, up, down = products
         names = layer.biases or (None, None, None)
         count = len(layer.experts)
         gate_bias, up_bias, down_bias = (
@@ -144,8 +151,8 @@ class TorchOps(Ops[torch.Tensor]):
         )
 
         def compute(x: torch.Tensor) -> torch.Tensor:
-            gated, raised = functional.linear(x, gate, gate_bias), functional.linear(x, up, up_bias)
-            return functional.linear(self.glu(gated, raised, layer.activation), down, down_bias)
+            gated, raised = _biased(gate(x), gate_bias), _biased(up(x), up_bias)
+            return _biased(down(self.glu(gated, raised, layer.activation)), down_bias)
 
         self.routed[layer.layer].fill(number, compute)
 
@@ -170,3 +177,7 @@ class TorchOps(Ops[torch.Tensor]):
             seen = distance >= 0
             self._masks[window] = seen if window is None else seen & (distance < window)
         return self._masks[window]
+
+
+def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return x if bias is None else x + bias

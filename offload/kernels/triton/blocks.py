@@ -66,6 +66,25 @@ def order_q6_k(place):
 
 
 @triton.jit
+def f32(block):
+    """A number a block."""
+    return tl.load(block.to(tl.pointer_type(tl.float32)))[:, None]
+
+
+@triton.jit
+def f16(block):
+    """A number a block."""
+    return _half(block)[:, None]
+
+
+@triton.jit
+def bf16(block):
+    """A number a block: the high half of a float32."""
+    high = tl.load(block.to(tl.pointer_type(tl.uint16))).to(tl.uint32)
+    return (high << 16).to(tl.float32, bitcast=True)[:, None]
+
+
+@triton.jit
 def q4_0(block):
     """Four bits about 8."""
     codes = _halves(_bytes(block + 2, 16)).reshape(block.shape[0], 32)
@@ -185,6 +204,9 @@ class Format(NamedTuple):
 
 
 FORMATS: Final = {
+    "BF16": Format(bf16, order_plain),
+    "F16": Format(f16, order_plain),
+    "F32": Format(f32, order_plain),
     "IQ4_XS": Format(iq4_xs, order_16),
     "MXFP4": Format(mxfp4, order_32),
     "Q4_0": Format(q4_0, order_32),

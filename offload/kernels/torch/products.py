@@ -1,0 +1,52 @@
+"""Products with stored matrices: decoded first, or straight from their bytes by kernels of the device.
+
+Legend: matrices are [out_features, in_features] as `x @ matrix.T` wants them, stored as uint8 in some element type.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch.nn import functional
+
+from offload.elements import ElementType
+from offload.kernels.torch.dequantize import dequantize
+
+
+class Products(Protocol):
+    """See the module."""
+
+    def product(self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int]) -> torch.Tensor:
+        """`x @ matrix.T`, float32 [tokens, out_features], of x float32 [tokens, in_features]."""
+        ...
+
+    def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+        """What is stored, float32."""
+        ...
+
+
+class DecodedProducts:
+    """Decodes in plain torch operations, on any device."""
+
+    def product(self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int]) -> torch.Tensor:
+        return functional.linear(x, dequantize(raw, element, shape))
+
+    def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+        return dequantize(raw, element, shape)
+
+
+def products_for(device: torch.device) -> Products:
+    """What suits the device: Triton's kernels on a CUDA device where Triton is installed, as it is with torch on Linux."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return DecodedProducts()
+    from offload.kernels.triton.products import TritonProducts
+
+    return TritonProducts(_matmul_dtype(device))
+
+
+def _matmul_dtype(device: torch.device) -> torch.dtype:
+    """For products with many tokens: what tensor cores take, with float32's range if they can."""
+    major, _ = torch.cuda.get_device_capability(device)
+    return torch.bfloat16 if major >= 8 else torch.float16
