@@ -20,6 +20,7 @@ from offload.expert_slots import ExpertBank
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
+from offload.kernels.ggml.host_experts import HostExperts
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened, micro_batch_tokens
@@ -27,6 +28,7 @@ from offload.packing import Pack
 from offload.plan import Plan
 from offload.prefetch.governor import Governor, pays_at_first
 from offload.prefetch.policies import make_eviction
+from offload.processors import Processors
 from offload.residency import Residency
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
@@ -257,6 +259,7 @@ class DevicePlace:
         self._tier: DeviceTier | None = None
         self._backend: TorchBackend | None = None
         self._vectors: dict[str, Floats] = {}
+        self._experts_here: HostExperts | None = None
         self.experts: ExpertCache | None = None
 
     @property
@@ -265,26 +268,35 @@ class DevicePlace:
         return self._backend
 
     def footprint(self) -> Footprint:
-        from offload.kernels.torch.backend import TorchBackend, free_device_bytes
+        from offload.kernels.torch.backend import TorchBackend, check_device, free_device_bytes
 
+        assert self._opened.device is not None
+        check_device(self._opened.device)
+        if self._opened.model.experts and has_second_processor(self._opened.device):
+            self._experts_here = HostExperts(self._opened.model, self._opened.threads)
+            self._stack.callback(self._experts_here.close)
         fixed = TorchBackend.device_nbytes(
             self._opened.model, self._opened.ctx, self._config.kv_type, micro_batch_tokens(self._opened)
         )
-        assert self._opened.device is not None
         budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
-        return Footprint(in_parts=False, kv_bytes=0, workspace_bytes=0, device_fixed=fixed, device_budget_bytes=budget)
+        workspace = 0 if self._experts_here is None else self._experts_here.nbytes
+        return Footprint(
+            in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget
+        )
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
-        from offload.kernels.torch.backend import TorchBackend
+        from offload.kernels.torch.backend import Helper, TorchBackend
         from offload.tiers.vram import DeviceTier
 
-        opened = self._opened
+        opened, demand = self._opened, plan.demand
         assert opened.device is not None
         self._tier = DeviceTier(opened.device, plan.device_pinned_bytes + plan.device_ring_bytes)
         self._stack.callback(self._tier.close)
         self._backend = TorchBackend(
-            opened.model, opened.ctx, self._tier, threads=opened.threads, kv_type=self._config.kv_type
-        )
+            opened.model, opened.ctx, self._tier, threads=opened.threads, kv_type=self._config.kv_type,
+            helper=None if self._experts_here is None else Helper(
+                self._experts_here, Processors(link_bps=demand.link_bps, host_bps=demand.expert_bps)),
+        )  # fmt: skip
         self._stack.callback(self._backend.close)
         for name, values in self._vectors.items():
             self._backend.place_vector(name, values)
@@ -345,6 +357,11 @@ class DevicePlace:
         table = Residency(lambda _key, _address: None, None, Telemetry())
         table.pin(blocks, slab, reader)
         return {block.key: slab.view(table.pinned[block.key] - slab.address, block.nbytes) for block in blocks}
+
+
+def has_second_processor(device: str) -> bool:
+    """Whether the host computes beside the device. Where it is the device, there is nothing to share."""
+    return device != "cpu"
 
 
 def make_place(opened: Opened, config: LoadConfig, stack: ExitStack) -> Place:

@@ -58,6 +58,7 @@ class Demand:
         fetch_s: what bringing experts adds to it where not all are in memory.
         ctx: context length in tokens. trained_ctx: that the model was made for.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
+        expert_bps: bytes of experts that the CPU computes in a second.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
         kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
             the cache's unused part cannot be lent.
@@ -73,6 +74,7 @@ class Demand:
     attention_s: float = 0.0
     fetch_s: float = 0.0
     disk_bps: float
+    expert_bps: float = 0.0
     ctx: int
     trained_ctx: int
     prefill_tokens_per_pass: int
@@ -187,7 +189,6 @@ def make_demand(
     workspace_bytes += for_few
     prompt_bytes += per_pass * per_batch + _table_scratch(model.embedding, rows) + _logits(model, logits_rows(model))
     prompt_bytes -= for_few
-    bucket_bytes = kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET)
     fixed = {
         "base": base_bytes,
         "margin": MARGIN_BYTES,
@@ -205,13 +206,14 @@ def make_demand(
         attention_s=attention_seconds(model, rates, ctx),
         fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
+        expert_bps=expert_rate(model, rates),
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
         ctx=ctx,
         trained_ctx=model.config.context_length,
         prefill_tokens_per_pass=per_pass * rows,
         kv_bucket_tokens=KV_BUCKET,
-        kv_bucket_bytes=bucket_bytes if lends else 0,
+        kv_bucket_bytes=kv_bytes // (align_up(ctx, KV_BUCKET) // KV_BUCKET) if lends else 0,
         prompt_bytes=prompt_bytes if lends else 0,
     )  # fmt: skip
 
@@ -242,6 +244,15 @@ def compute_seconds(model: Model, rates: Rates) -> float:
 
     computing = seconds(model.matrices.values()) + seconds(used) / EXPERT_EFFICIENCY
     return computing + model.config.num_layers * LAYER_OVERHEAD_S
+
+
+def expert_rate(model: Model, rates: Rates) -> float:
+    """Bytes of experts that the CPU computes in a second, for one token; 0 where there are none."""
+    if not model.experts:
+        return 0.0
+    matrices = next(iter(model.experts.values())).experts[0]
+    seconds = sum(matrix.nbytes / rates.kernel_bps.get(matrix.element.name, DEFAULT_KERNEL_BPS) for matrix in matrices)
+    return sum(matrix.nbytes for matrix in matrices) / seconds * EXPERT_EFFICIENCY
 
 
 def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:

@@ -145,6 +145,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
         element_type(config.kv_type.upper()),
         opened.threads,
         PROBE_BYTES if roomy_probe else _SMALL_PROBE_BYTES,
+        opened.device,
     )
     trim_heap()  # what parsing left behind
     base = align_up(psutil.Process().memory_info().rss + 4 * MIB, MIB)

@@ -30,12 +30,13 @@ HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card
 
 
 def machine_rates(
-    checkpoint: Checkpoint, model: Model, kv_element: ElementType, threads: int, probe_bytes: int = PROBE_BYTES
-) -> Rates:
+    checkpoint: Checkpoint, model: Model, kv_element: ElementType, threads: int, probe_bytes: int = PROBE_BYTES,
+    device: str | None = None,
+) -> Rates:  # fmt: skip
     """The rates for this model: its disk, the CPU kernels of its element types, attention in its shape.
 
     Args:
-        probe_bytes: memory that a probe of kernels may use.
+        probe_bytes: memory that a probe of kernels may use. device: whose link is measured; None where there is none.
 
     Raises:
         StorageError: the model's file cannot be read.
@@ -58,9 +59,18 @@ def machine_rates(
     return Rates(
         disk_bps=disks[disk],
         kernel_bps=kernels,
-        link_bps=HOST_COPY_BPS,
+        link_bps=_link_rate(device),
         attention_s=measure_attention(model.config, kv_element, threads, seconds=KERNEL_PROBE_S),
     )
+
+
+def _link_rate(device: str | None) -> float:
+    """Bytes per second from host memory to the device."""
+    if device is None or device == "cpu":
+        return HOST_COPY_BPS
+    from offload.tiers.vram import measure_copies
+
+    return measure_copies(device)
 
 
 def default_threads() -> int:

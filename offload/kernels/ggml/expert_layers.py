@@ -101,15 +101,27 @@ class ExpertLayers:
         kept: Ints = self._memory_of(number).ids[self._order[layer]].reshape(-1)
         return kept[: tokens * used].reshape(tokens, used)
 
+    def enter(self, number: int, layer: int, x: Floats, chosen: Ints) -> Floats:
+        """Notes a choice that was made elsewhere; where its experts will leave what they return."""
+        memory, tokens = self._memory_of(number), len(x)
+        memory.x[:tokens] = x
+        self.routed(number, layer, tokens)[:] = chosen
+        return self._returned(memory, chosen)
+
     def skip(self, number: int, layer: int, tokens: int, below: float) -> int:
         """Leaves out the chosen experts whose share of a token's weights is smaller; tells how many."""
         memory, ids = self._memory_of(number), self.routed(number, layer, tokens)
         weights = self.weights(number, layer, tokens)
         light = weights < below * weights.sum(axis=-1, keepdims=True)
         ids[light] = -1
-        returned = memory.returned.reshape(-1, self._hidden_size)[: ids.size].reshape(*ids.shape, self._hidden_size)
-        returned[light] = 0
+        self._returned(memory, ids)[light] = 0
         return int(light.sum())
+
+    def _returned(self, memory: Routed, chosen: Ints) -> Floats:
+        """What the chosen return, [tokens, num_used, hidden_size], a view."""
+        rows = memory.returned.reshape(-1, self._hidden_size)[: chosen.size]
+        returned: Floats = rows.reshape(*chosen.shape, self._hidden_size)
+        return returned
 
     def weights(self, number: int, layer: int, tokens: int) -> Floats:
         """How the router weighs what it chose for so many tokens, [tokens, num_used], a view."""

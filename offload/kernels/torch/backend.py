@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,14 +19,23 @@ from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.ops import TorchOps
 from offload.kernels.torch.products import Products, products_for
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
+from offload.processors import Processors, for_device
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
 from offload.tiers.vram import DeviceTier
+
+
+class Helper(NamedTuple):
+    """The host beside the device: what computes experts there, and how fast both are."""
+
+    experts: HostExperts
+    processors: Processors
 
 
 class TorchBackend:
@@ -33,15 +43,17 @@ class TorchBackend:
 
     Args:
         products: what multiplies; left out, what suits the device.
+        helper: the host as second processor, for experts; left out, all are copied to the device.
     """
 
     name = "torch"
 
     def __init__(
         self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType,
-        products: Products | None = None,
+        products: Products | None = None, helper: Helper | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
+        self._helper = helper
         self._products = products or products_for(tier.device)
         self._model = model
         self._tier = tier
@@ -74,8 +86,10 @@ class TorchBackend:
         self._offsets[key.name] = address
 
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
-        """See `Backend.place_experts`. They are in host memory, and copied to the device when they are used."""
+        """See `Backend.place_experts`. They are in host memory: copied to the device when used, or computed there."""
         self._experts[layer] = place
+        if self._helper is not None:
+            self._helper.experts.place(layer, place)
 
     def set_foresight(self, foresight: Foresight) -> None:
         """See `Backend.set_foresight`."""
@@ -105,6 +119,8 @@ class TorchBackend:
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32."""
+        if self._helper is not None:
+            self._helper.experts.place_vector(name, values)
         self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
     @torch.inference_mode()
@@ -182,6 +198,32 @@ class TorchBackend:
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         """See `Backend.compute_experts`."""
         start = perf_counter()
+        for_host = self._share(batch, layer, slots)
+        self._compute_here(batch, layer, {expert: slot for expert, slot in slots.items() if expert not in for_host})
+        if for_host:  # beside what the device has been given
+            self._compute_on_host(batch, layer, for_host)
+        return perf_counter() - start
+
+    def _share(self, batch: int, layer: int, slots: Mapping[int, int]) -> dict[int, int]:
+        """The experts that the host had better compute itself."""
+        if self._helper is None:
+            return {}
+        nbytes = sum(matrix.nbytes for matrix in self._model.experts[layer].experts[0])
+        sent = np.bincount(self.routed(batch, layer).reshape(-1).clip(0), minlength=max(slots) + 1)
+        costs = [self._helper.processors.costs(nbytes, int(sent[expert])) for expert in slots]
+        here = for_device(costs)
+        return {expert: slot for index, (expert, slot) in enumerate(slots.items()) if index not in here}
+
+    def _compute_on_host(self, batch: int, layer: int, slots: Mapping[int, int]) -> None:
+        assert self._helper is not None
+        routed, chosen = self._ops[batch].routed[layer], self.routed(batch, layer)
+        returned = self._helper.experts.compute(layer, routed.x.cpu().numpy(), chosen, slots)
+        tokens, ranks = np.nonzero(np.isin(chosen, list(slots)))
+        places = (torch.from_numpy(tokens).to(self._tier.device), torch.from_numpy(ranks).to(self._tier.device))
+        routed.returned[places] = torch.from_numpy(returned[tokens, ranks]).to(self._tier.device)
+
+    def _compute_here(self, batch: int, layer: int, slots: Mapping[int, int]) -> None:
+        """Copies experts to the device, and computes them there."""
         experts, place = self._model.experts[layer], self._experts[layer]
         for expert, slot in slots.items():
             if self._cancel is not None:
@@ -191,7 +233,6 @@ class TorchBackend:
                 for offset, info in zip(place.offsets, experts.experts[expert], strict=True)
             ]
             self._ops[batch].expert(experts, expert, products)
-        return perf_counter() - start
 
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
@@ -203,6 +244,8 @@ class TorchBackend:
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`."""
         self._cancel = cancel
+        if self._helper is not None:
+            self._helper.experts.set_cancel(cancel)
 
     def close(self) -> None:
         """See `Backend.close`."""
@@ -230,15 +273,34 @@ class TorchBackend:
         return lambda x: self._products.product(x, raw, info.element, (rows, columns))
 
 
-def free_device_bytes(device: str) -> int:
-    """What the device has free, less a tenth. `cpu` stands in for a card of half of the free host memory.
-
+def check_device(device: str) -> None:
+    """
     Raises:
-        BackendError: no such device, or no driver.
+        BackendError: no such device, no driver, or one that is too old.
     """
     if device == "cpu":
-        return available_memory() // 2
+        return
+    if torch.version.cuda is None:
+        raise BackendError(
+            f"device {device}: this torch is built without CUDA; install one with it (https://pytorch.org), or use "
+            "--device cpu"
+        )
     if not torch.cuda.is_available():
-        raise BackendError(f"device {device}: torch finds no CUDA device; run `offload doctor`, or use --device cpu")
+        raise BackendError(
+            f"device {device}: torch finds no CUDA device that its driver can use; check nvidia-smi and that the driver is "
+            f"new enough for CUDA {torch.version.cuda}, or use --device cpu"
+        )
+    number = torch.device(device).index or 0
+    if number >= torch.cuda.device_count():
+        raise BackendError(
+            f"device {device}: there are {torch.cuda.device_count()} CUDA devices; choose cuda:0 to "
+            f"cuda:{torch.cuda.device_count() - 1}"
+        )
+
+
+def free_device_bytes(device: str) -> int:
+    """What the device has free, less a tenth. `cpu` stands in for a card of half of the free host memory."""
+    if device == "cpu":
+        return available_memory() // 2
     free, _ = torch.cuda.mem_get_info(device)
     return int(free) - int(free) // 10

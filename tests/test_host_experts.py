@@ -1,0 +1,87 @@
+"""Experts that the host computes beside a device: the logits of either alone, to rounding, and cancelled as fast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.checkpoints import tiny_checkpoint
+from support.gguf_checkpoints import gguf_checkpoint
+
+import offload
+from offload.errors import BackendError
+from offload.processors import Processors
+
+PROMPT = [7 * n % 250 for n in range(40)]
+SHARES: dict[str, Callable[..., tuple[float, float]]] = {
+    "all on the host": lambda self, nbytes, tokens: (1.0, 0.0),
+    "all on the device": lambda self, nbytes, tokens: (0.0, 1.0),
+    "half": lambda self, nbytes, tokens: (1.0, 1.0),
+    "by what it costs": Processors.costs,
+}
+
+
+def answers(model: Path, **options: object) -> tuple[np.ndarray, tuple[int, ...]]:
+    with offload.load(model, ctx=64, kv_type="f32", **options) as engine:
+        return engine.logits(PROMPT), engine.generate(PROMPT[:5], max_tokens=6, temperature=0, ignore_eos=True).tokens
+
+
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v2"])
+def test_wherever_experts_are_computed_the_answer_is_the_same(
+    family: str, share: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_checkpoint(family, tmp_path)  # float32: both processors compute what is stored
+    expected = answers(model)
+    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    monkeypatch.setattr(Processors, "costs", SHARES[share])
+    logits, tokens = answers(model, device="torch:cpu")
+    assert np.abs(logits - expected[0]).max() < 1e-4 * np.abs(expected[0]).max() and tokens == expected[1]
+
+
+def test_the_host_computes_what_it_is_given_and_the_device_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
+    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    monkeypatch.setattr(Processors, "costs", SHARES["half"])
+    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+        backend = engine._runner.backend
+        host, device = [], []
+        for name, seen in (("_compute_on_host", host), ("_compute_here", device)):
+            original = getattr(backend, name)
+            monkeypatch.setattr(
+                backend, name, lambda b, layer, slots, f=original, s=seen: (s.append(len(slots)), f(b, layer, slots))
+            )
+        engine.generate(PROMPT[:3], max_tokens=8, temperature=0, ignore_eos=True)
+    assert sum(host) > 0 and sum(device) > 0 and abs(sum(host) - sum(device)) <= len(host)
+
+
+def test_the_hosts_part_counts_in_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
+    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+        alone = engine.plan.workspace_bytes
+    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+        assert engine.plan.workspace_bytes == alone + engine._runner.backend._helper.experts.nbytes
+
+
+@pytest.mark.parametrize(
+    ("cuda", "devices", "device", "words"),
+    [
+        (None, 0, "cuda", "built without CUDA; install one with it"),
+        ("12.8", 0, "cuda:0", "finds no CUDA device that its driver can use; check nvidia-smi"),
+        ("12.8", 1, "cuda:1", "there are 1 CUDA devices; choose cuda:0"),
+    ],
+)
+def test_a_device_that_is_not_there_is_one_line(
+    cuda: str | None, devices: int, device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: devices > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: devices)
+    with pytest.raises(BackendError, match=words) as caught:
+        offload.load(tiny_checkpoint("llama", tmp_path), ctx=64, device=device)
+    assert "\n" not in str(caught.value)
