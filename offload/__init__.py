@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from offload.errors import CheckpointError as CheckpointError
     from offload.errors import ClosedError as ClosedError
     from offload.errors import ContextError as ContextError
+    from offload.errors import DeviceError as DeviceError
     from offload.errors import OffloadError as OffloadError
     from offload.errors import StorageError as StorageError
     from offload.errors import UnsupportedError as UnsupportedError
@@ -48,6 +49,7 @@ _HOME = {
     "CheckpointError": "errors",
     "ClosedError": "errors",
     "ContextError": "errors",
+    "DeviceError": "errors",
     "OffloadError": "errors",
     "StorageError": "errors",
     "UnsupportedError": "errors",

@@ -11,10 +11,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from offload.blocks import BlockKey, BlockSpec
-from offload.errors import WouldBlock
+from offload.errors import OffloadError, WouldBlock
 from offload.stream import Arrival, BlockStream
 from offload.tiers.base import CancelToken, Handle
 from offload.tiers.ring import Region, RingAllocator
@@ -94,7 +95,8 @@ class DeviceStream:
     def restart(self) -> None:
         """Forgets what is in flight and begins the cycle anew."""
         for copy in self._ahead:
-            copy.handle.wait()
+            with suppress(OffloadError):  # what has become of it is nobody's business any more
+                copy.handle.wait()
         self._ahead.clear()
         self._taken.clear()
         self._unsettled.clear()

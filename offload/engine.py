@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from offload.config import GenerationConfig, LoadConfig
-from offload.errors import ClosedError, OffloadError, StorageError, UsageError
+from offload.errors import ClosedError, DeviceError, OffloadError, StorageError, UsageError
 from offload.generate import Decoder, OnPrefill, generate
 from offload.kernels.batch import Floats
 from offload.loader import Runner, load_runner, plan_only
@@ -286,10 +286,10 @@ class Engine:
             raise ClosedError(f"the engine stopped after an error ({self._failure}); load the model again")
 
     def _guard(self, work: Callable[[], Any]) -> Any:
-        """A disk error leaves the engine closed for requests: its weights can no longer be trusted to arrive."""
+        """A disk or a device that fails leaves the engine closed for requests: weights may no longer arrive."""
         try:
             return work()
-        except StorageError as error:
+        except (StorageError, DeviceError) as error:
             self._failure = error
             raise
 

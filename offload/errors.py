@@ -9,6 +9,7 @@
     ├── StorageError          the disk failed: I/O error, short read, file changed, no space
     ├── AllocationError       the machine refused memory that the plan had counted on
     ├── BackendError          a kernel library is missing, incompatible, or failed
+    │   └── DeviceError       a device has failed or is gone
     ├── ClosedError           the engine was closed, or an earlier failure closed it
     └── Cancelled             the caller cancelled; not a failure
 
@@ -78,6 +79,10 @@ class AllocationError(OffloadError):
 
 class BackendError(OffloadError):
     """A kernel library is missing or incompatible, or a kernel reported failure."""
+
+
+class DeviceError(BackendError):
+    """A device has failed or is gone, and with it what it held. Load the model again."""
 
 
 class ClosedError(OffloadError):

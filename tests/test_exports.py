@@ -26,6 +26,7 @@ PUBLIC = {
     "BackendError",
     "ClosedError",
     "ContextError",
+    "DeviceError",
     "StorageError",
     "UnsupportedError",
     "UsageError",

@@ -9,6 +9,7 @@ Threads: the driver thread is its only user; handles may be waited for from any 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ import torch
 from offload.errors import AllocationError, StorageError
 from offload.results import EdgeUse
 from offload.tiers.base import POLL_S, TIMEOUT_S, CancelToken, Handle, TransferHandle
+from offload.tiers.device_errors import device_errors
 from offload.units import MIB, PAGE, align_up, format_size
 
 
@@ -62,10 +64,14 @@ class DeviceTier:
         self._top = min(align_up(offset + nbytes, PAGE), self.capacity_bytes)
         return offset
 
+    @device_errors
     def copy_in(self, source: memoryview, offset: int) -> Handle:
         """Starts copying `source` (writable, contiguous) to `offset`; it must not change before the handle has ended.
 
         Kernels that were started before see the old bytes. Kernels started after `wait` see the new ones.
+
+        Raises:
+            DeviceError: the device has failed.
         """
         start_s = time.perf_counter()
         target = self.view(offset, len(source))
@@ -90,7 +96,8 @@ class DeviceTier:
     def close(self) -> None:
         """Waits for copies in flight and frees the arena; idempotent. Views still held keep it alive."""
         if self._stream is not None:
-            self._stream.synchronize()
+            with suppress(RuntimeError):  # of a device that is gone: there is nothing to wait for
+                self._stream.synchronize()
         self._arena = torch.empty(0, dtype=torch.uint8)
         self.capacity_bytes = self._top = 0
 
@@ -102,18 +109,20 @@ class DeviceTier:
         with torch.cuda.stream(self._stream):
             target.copy_(host, non_blocking=True)
             event = self._stream.record_event()
-        return _DeviceHandle(host, event)
+        return _DeviceHandle(self.device, host, event)
 
 
 class _DeviceHandle:
     """A copy on a stream. Keeps the source alive until it has ended."""
 
-    def __init__(self, host: torch.Tensor, event: torch.cuda.Event) -> None:
+    def __init__(self, device: torch.device, host: torch.Tensor, event: torch.cuda.Event) -> None:
+        self.device = device
         self.nbytes = host.numel()
         self.error: Exception | None = None
         self._host: torch.Tensor | None = host
         self._event = event
 
+    @device_errors
     def done(self) -> bool:
         if self._host is not None and self._event.query():  # type: ignore[no-untyped-call]
             self._host = None

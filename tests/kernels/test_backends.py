@@ -326,10 +326,6 @@ def test_torch_tells_what_it_takes_beside_the_matrices(make: Make) -> None:
 
 def test_a_tenth_of_a_devices_free_memory_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("offload.kernels.torch.backend.available_memory", lambda: 1001)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert free_device_bytes("cpu") == 500
-    with pytest.raises(BackendError, match="device cuda:3: torch finds no CUDA device; run `offload doctor`"):
-        free_device_bytes("cuda:3")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     assert free_device_bytes("cuda:3") == 900

@@ -99,14 +99,17 @@ class FakeEvent:
 
 
 def test_a_device_handle_polls_until_the_event():
-    handle = _DeviceHandle(torch.zeros(5, dtype=torch.uint8), FakeEvent(4))
+    handle = _DeviceHandle(torch.device("cpu"), torch.zeros(5, dtype=torch.uint8), FakeEvent(4))
     assert not handle.done()
     handle.wait()
     assert handle.done() and handle.nbytes == 5
 
 
 def test_a_device_handle_can_be_cancelled_and_times_out():
-    handle, token = _DeviceHandle(torch.zeros(5, dtype=torch.uint8), FakeEvent(10**9)), CancelToken()
+    handle, token = (
+        _DeviceHandle(torch.device("cpu"), torch.zeros(5, dtype=torch.uint8), FakeEvent(10**9)),
+        CancelToken(),
+    )
     with pytest.raises(StorageError, match=r"0 of 5 bytes done within 0\.02 s"):
         handle.wait(token, timeout_s=0.02)
     token.cancel()

@@ -28,6 +28,7 @@ from offload.models.checkpoint.base import TensorInfo
 from offload.processors import Processors, for_device
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
+from offload.tiers.device_errors import device_errors
 from offload.tiers.vram import DeviceTier
 
 
@@ -81,6 +82,11 @@ class TorchBackend:
         vectors = 4 * sum(prod(vector.shape) for vector in model.vectors.values())
         return {"kv": kv, "workspace": 3 * decoded + activations, "vectors": vectors}
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._tier.device
+
     def place(self, key: BlockKey, address: int) -> None:
         """A matrix now starts at this offset of the arena."""
         self._offsets[key.name] = address
@@ -123,6 +129,7 @@ class TorchBackend:
             self._helper.experts.place_vector(name, values)
         self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
+    @device_errors
     @torch.inference_mode()
     def begin(self, batches: Sequence[MicroBatch], hidden: Floats) -> None:
         """See `Backend.begin`."""
@@ -141,6 +148,7 @@ class TorchBackend:
             for batch in batches
         ]
 
+    @device_errors
     @torch.inference_mode()
     def run(self, piece: int, batch: int) -> float:
         """See `Backend.run`. Looks at the cancel token between stages; torch's own dispatch counts as kernels."""
@@ -163,6 +171,7 @@ class TorchBackend:
                 self._hidden[batch] = result
         return perf_counter() - start
 
+    @device_errors
     def routed(self, batch: int, layer: int) -> Ints:
         """See `Backend.routed`."""
         experts = self._ops[batch].chosen.get(layer)
@@ -171,6 +180,7 @@ class TorchBackend:
         chosen: Ints = experts.int().cpu().numpy()
         return chosen
 
+    @device_errors
     @torch.inference_mode()
     def skip(self, batch: int, layer: int, below: float) -> int:
         """See `Backend.skip`."""
@@ -181,11 +191,13 @@ class TorchBackend:
         routed.experts[light] = -1
         return int(light.sum())
 
+    @device_errors
     def weights(self, batch: int, layer: int) -> Floats:
         """See `Backend.weights`."""
         weights: Floats = self._ops[batch].routed[layer].weights.cpu().numpy()
         return weights
 
+    @device_errors
     def foreseen(self, batch: int, layer: int, ahead: int) -> Ints:
         """See `Backend.foreseen`."""
         ranked = self._ops[batch].foreseen.get((layer, ahead))
@@ -194,6 +206,7 @@ class TorchBackend:
         named: Ints = ranked[:, : self._foresight.width].int().cpu().numpy()
         return named
 
+    @device_errors
     @torch.inference_mode()
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         """See `Backend.compute_experts`."""
@@ -234,6 +247,7 @@ class TorchBackend:
             ]
             self._ops[batch].expert(experts, expert, products)
 
+    @device_errors
     def logits(self, batch: int) -> Floats:
         """See `Backend.logits`."""
         if not self._batches[batch].outputs:

@@ -1,0 +1,138 @@
+"""A device on a bad day, on `torch:cpu`: no memory, a copy that fails, a device that is gone, at any point of an answer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.checkpoints import tiny_checkpoint
+from test_engine import split_at
+
+import offload
+from offload.engine import Engine
+from offload.errors import AllocationError, ClosedError, DeviceError
+from offload.kernels.torch.ops import TorchOps
+from offload.tiers.vram import DeviceTier
+
+PROMPT = [7 * n % 250 for n in range(12)]
+NO_MEMORY = r"out of memory \(Tried to allocate 2 GiB\); another program"
+FAILED = r"the device failed \(CUDA error: unspecified launch failure\)"
+CUDA_ERROR = (
+    "CUDA error: unspecified launch failure\nCUDA kernel errors might be asynchronously reported.\nCompile with .."
+)
+
+
+class Fault:
+    """Raises at one call of a method, or at that one and all later ones."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.at: int | None = None
+        self.forever = False
+        self.calls = 0
+
+    def __call__(self, original: Callable[..., object]) -> Callable[..., object]:
+        def faulty(*args: object, **options: object) -> object:
+            self.calls += 1
+            if self.at is not None and (self.calls == self.at or (self.forever and self.calls > self.at)):
+                raise self.error
+            return original(*args, **options)
+
+        return faulty
+
+
+@pytest.fixture(params=["llama", "olmoe"])
+def load(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Engine]:
+    """Of the dense model, few matrices stay on the device, and the others pass through its ring."""
+    model = tiny_checkpoint(request.param, tmp_path)
+    if request.param == "llama":
+        monkeypatch.setattr("offload.opening.make_plan", split_at(0.5, 0.1))
+    return lambda: offload.load(model, ctx=64, kv_type="f32", device="torch:cpu")
+
+
+dense = pytest.mark.parametrize("load", ["llama"], indirect=True)
+
+
+def answer(engine: Engine) -> tuple[int, ...]:
+    return engine.generate(PROMPT, max_tokens=6, temperature=0, ignore_eos=True).tokens
+
+
+def collect(engine: Engine, tokens: list[int]) -> None:
+    """Tokens as they come, until something happens."""
+    for chunk in engine.stream(PROMPT, max_tokens=60, temperature=0, ignore_eos=True):
+        tokens += chunk.tokens
+
+
+def test_no_memory_ends_an_answer_and_nothing_else(load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+    fault = Fault(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nGPU 0 has ..\n"))
+    for name in ("linear", "attention", "route", "mix"):
+        monkeypatch.setattr(TorchOps, name, fault(getattr(TorchOps, name)))
+    with load() as engine:
+        expected = answer(engine)
+        calls = fault.calls
+        for at in range(1, calls, 7):
+            fault.calls, fault.at = 0, at
+            with pytest.raises(AllocationError, match=NO_MEMORY) as caught:
+                engine.generate([*PROMPT, at], max_tokens=12, temperature=0, ignore_eos=True)
+            assert "\n" not in str(caught.value)
+            fault.at = None
+            assert answer(engine) == expected
+
+
+@dense
+@pytest.mark.parametrize("forever", [False, True], ids=["a copy fails", "the device is gone"])
+def test_a_device_that_fails_ends_the_engine_with_one_line(
+    load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch, forever: bool
+) -> None:
+    fault = Fault(RuntimeError(CUDA_ERROR))
+    monkeypatch.setattr(DeviceTier, "_copy", fault(DeviceTier._copy))
+    if forever:
+        monkeypatch.setattr(TorchOps, "linear", fault(TorchOps.linear))
+    with load() as engine:
+        loading, expected = fault.calls, answer(engine)
+        per_answer = fault.calls - loading
+    assert per_answer > 10
+    for at in range(1, per_answer, max(1, per_answer // 9)):
+        fault.calls, fault.at, fault.forever = 0, None, forever
+        with load() as engine:
+            fault.calls, fault.at = 0, at
+            tokens: list[int] = []
+            with pytest.raises(DeviceError, match=FAILED) as caught:
+                collect(engine, tokens)
+            assert "\n" not in str(caught.value) and tuple(tokens[:6]) == expected[: len(tokens)]
+            with pytest.raises(ClosedError, match="load the model again"):
+                answer(engine)
+
+
+@dense
+def test_a_device_that_fails_while_a_model_is_loaded_leaves_nothing(
+    load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("offload.opening.make_plan", split_at(0.5, 0.9))
+    fault = Fault(RuntimeError(CUDA_ERROR))
+    monkeypatch.setattr(DeviceTier, "_copy", fault(DeviceTier._copy))
+    tiers: list[DeviceTier] = []
+    close = DeviceTier.close
+    monkeypatch.setattr(DeviceTier, "close", lambda tier: (tiers.append(tier), close(tier)))
+    load().close()
+    copies = fault.calls
+    assert copies > 5
+    for at in range(1, copies + 1, 2):
+        tiers.clear()
+        fault.calls, fault.at = 0, at
+        with pytest.raises(DeviceError, match=FAILED):
+            load()
+        assert tiers and all(tier.capacity_bytes == 0 for tier in tiers)
+
+
+def test_other_mistakes_are_not_blamed_on_the_device(
+    load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault = Fault(RuntimeError("shapes do not fit"))
+    monkeypatch.setattr(TorchOps, "linear", fault(TorchOps.linear))
+    with load() as engine:
+        fault.calls, fault.at = 0, 3
+        with pytest.raises(RuntimeError, match="shapes do not fit"):
+            answer(engine)
