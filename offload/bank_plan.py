@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Final
 
+from offload.units import PAGE, align_up
+
+DEVICE_ALIGNMENT: Final = 256  # bytes: what a device reads at once
 Curve = Sequence[tuple[float, float]]
 """Shares of all experts that memory holds, ascending, between 0 and 1, and the hit rate at each."""
 
@@ -28,6 +32,11 @@ class BankDemand:
     used: int
     curve: Curve = ()
 
+    @property
+    def device_bytes(self) -> int:
+        """Memory that one takes on a device: its matrices, each aligned."""
+        return align_up(self.expert_bytes + 3 * DEVICE_ALIGNMENT, DEVICE_ALIGNMENT)
+
     def missed_bytes(self, slots: int) -> int:
         """Bytes read for a token when memory holds `slots` of the experts."""
         share = slots / self.num_experts
@@ -43,6 +52,27 @@ def share_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
     """Shares memory among banks: where a trace tells what each would make of it, so that the fewest bytes are missed."""
     known = banks and all(bank.curve for bank in banks)
     return _by_gain(banks, available) if known else _in_proportion(banks, available)
+
+
+def share_device(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
+    """How many experts of each bank a device holds for good in so many bytes."""
+    on_device = [replace(bank, slot_bytes=bank.device_bytes, least_slots=0) for bank in banks]
+    return share_slots(on_device, max(0, available - PAGE * len(banks)))
+
+
+def device_bytes(banks: Sequence[BankDemand], slots: Sequence[int]) -> int:
+    """Memory on the device for so many experts of each bank; at most what `share_device` was given."""
+    return sum(align_up(bank.device_bytes * count) for bank, count in zip(banks, slots, strict=False))
+
+
+def beside(banks: Sequence[BankDemand], slots: tuple[int, ...], held: tuple[int, ...]) -> tuple[int, ...]:
+    """No more slots than there are experts that no device holds, and never fewer than the least."""
+    if not held:
+        return slots
+    return tuple(
+        min(count, max(bank.least_slots, bank.num_experts - there))
+        for bank, count, there in zip(banks, slots, held, strict=True)
+    )
 
 
 def _by_gain(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:

@@ -158,7 +158,7 @@ class ExpertCache:
         flights: list[Flight] = []
         for key in keys:
             bank = self._banks[key.layer]
-            if bank.has_free_slot:
+            if bank.has_free_slot and bank.slot(key) is None:
                 flights += bank.start([key], key.layer, ())
         for number, flight in enumerate(flights):
             flight.handle.wait()

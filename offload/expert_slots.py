@@ -1,6 +1,7 @@
 """The slots of a bank in memory, and what is in them. Decides nothing but which slot: who goes is the policy's choice.
 
 free        nothing is in them
+held        experts that lie elsewhere for good, on a device, and are never read again
 resident    experts that tokens have used; the policy says which of them goes
 reserve     a few slots for experts that are read ahead. A guess that is used becomes resident, and the reserve takes
             another slot for it; one that is not makes room for a later guess, so that it costs no resident its place
@@ -12,7 +13,7 @@ import ctypes
 from collections import OrderedDict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
@@ -29,6 +30,8 @@ from offload.tiers.ram import HUGE_PAGE, Slab
 from offload.units import align_up
 from offload.unpacking import unpack
 
+HELD: Final = 1 << 30
+"""Slots from here on are not in the bank's memory: who computes knows where number `slot - HELD` lies."""
 Form = Literal["whole", "coarse", "rest"]
 """What is read of an expert: all of it, or one of the halves of its bits, see `bitplanes`."""
 
@@ -68,6 +71,7 @@ class ExpertBank:
         self._resident: dict[ExpertKey, int] = {}
         self._pack = pack
         self._coarse: set[ExpertKey] = set()
+        self._held: dict[ExpertKey, int] = {}
         self._reserved = 0  # slots of the reserve: idle ones, guesses that have arrived, and those on their way
         self._idle: list[int] = []
         self._guesses: OrderedDict[ExpertKey, int] = OrderedDict()
@@ -81,7 +85,9 @@ class ExpertBank:
     def slot(self, key: ExpertKey) -> int | None:
         """Where an expert is, or None."""
         slot = self._resident.get(key)
-        return self._guesses.get(key) if slot is None else slot
+        if slot is None:
+            slot = self._guesses.get(key)
+        return self._held.get(key) if slot is None else slot
 
     @property
     def has_free_slot(self) -> bool:
@@ -95,6 +101,19 @@ class ExpertBank:
     def chosen(self, layer: int, experts: Sequence[int]) -> None:
         """A token needs these experts, wherever they are."""
         self._policy.chosen(layer, experts)
+
+    def matrices(self, key: ExpertKey) -> list[memoryview]:
+        """Gate, up and down of a resident expert, in its slot."""
+        base = self._resident[key] * self.spec.stride
+        matrices = self._layers[key.layer].experts[key.expert]
+        return [
+            self._slab.view(base + offset, matrix.nbytes)
+            for matrix, offset in zip(matrices, self._offsets[key.layer], strict=True)
+        ]
+
+    def hold(self, key: ExpertKey, number: int) -> None:
+        """The expert lies elsewhere from now on, under this number."""
+        self._held[key] = HELD + number
 
     def forget(self, key: ExpertKey) -> None:
         """Gives up the slot of a resident expert."""

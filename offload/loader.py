@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from offload.backends import Place, make_place
+from offload.backends import make_place
 from offload.borrowers import BlockBorrower, SlotBorrower
 from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
 from offload.embedding import EmbeddingTable
@@ -20,6 +20,7 @@ from offload.kernels.ggml.dequantize import dequantize
 from offload.lending import IdleMemory, Lending
 from offload.models.base import Vector
 from offload.opening import Opened, Progress, known_tuning, micro_batch_tokens, open_model, plan_for
+from offload.places import Place
 from offload.plan import Plan
 from offload.residency import Residency
 from offload.scheduler import Scheduler

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from offload.bank_plan import least_bytes, share_slots
+from offload.bank_plan import beside, device_bytes, least_bytes, share_device, share_slots
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
 from offload.errors import BudgetError
@@ -51,6 +51,7 @@ class Plan:
         pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
         borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
         bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
+        device_slots: for each bank, how many experts the device holds for good. device_bank_bytes: memory of these.
     """
 
     budget_bytes: int
@@ -70,6 +71,8 @@ class Plan:
     borrowers: tuple[BlockSpec, ...]
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
+    device_slots: tuple[int, ...] = ()
+    device_bank_bytes: int = 0
     ctx: int
     trained_ctx: int
     prefill_tokens_per_pass: int
@@ -118,7 +121,8 @@ class Plan:
             return self.bank_slots
         grain = LOAN_GRAIN * len(self.bank_slots)  # each bank may keep a huge page that it shares with a slot that went
         idle = self.demand.idle(tokens, prompt=prompt) - grain
-        return tuple(map(max, self.bank_slots, share_slots(self.demand.banks, self.bank_bytes + max(0, idle))))
+        slots = share_slots(self.demand.banks, self.bank_bytes + max(0, idle))
+        return beside(self.demand.banks, tuple(map(max, self.bank_slots, slots)), self.device_slots)
 
     def streamed_bytes_at(self, position: int) -> int:
         """Bytes read from disk for one decoded token behind `position` others."""
@@ -127,9 +131,10 @@ class Plan:
 
     @property
     def expert_share(self) -> float:
-        """Of all experts, what memory holds; 1 where there are none."""
-        banks = self.demand.banks
-        return sum(self.bank_slots) / sum(bank.num_experts for bank in banks) if banks and self.bank_slots else 1.0
+        """Of all experts, what memory and the device hold; 1 where there are none."""
+        every = sum(bank.num_experts for bank in self.demand.banks)
+        held = sum(self.bank_slots) + sum(self.device_slots)
+        return min(1.0, held / every) if every else 1.0
 
     @property
     def bank_bytes_held(self) -> int:
@@ -139,7 +144,13 @@ class Plan:
     @property
     def bank_bytes_on_disk(self) -> int:
         """Bytes of the experts that memory does not hold."""
-        return sum(bank.num_experts * bank.expert_bytes for bank in self.demand.banks) - self.bank_bytes_held
+        every = sum(bank.num_experts * bank.expert_bytes for bank in self.demand.banks)
+        return max(0, every - self.bank_bytes_held - self.device_bank_bytes_held)
+
+    @property
+    def device_bank_bytes_held(self) -> int:
+        """Bytes of the experts that the device holds: of `device_bank_bytes`, what is weights."""
+        return sum(slots * bank.expert_bytes for bank, slots in zip(self.demand.banks, self.device_slots, strict=False))
 
     @property
     def missed_bytes(self) -> int:
@@ -149,7 +160,11 @@ class Plan:
     def missed_bytes_at(self, position: int) -> int:
         """Bytes of experts read for such a token: as in the trace, or as if all were chosen equally often."""
         slots = self.bank_slots_at(position + 1)
-        return sum(bank.missed_bytes(number) for bank, number in zip(self.demand.banks, slots, strict=True))
+        held = self.device_slots or (0,) * len(slots)
+        return sum(
+            bank.missed_bytes(min(bank.num_experts, here + there))
+            for bank, here, there in zip(self.demand.banks, slots, held, strict=True)
+        )
 
     @property
     def lends(self) -> bool:
@@ -329,7 +344,11 @@ def _plan(
     pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
     link = _nbytes(demand, device.streamed) if device is not None else 0
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
-    bank_slots = share_slots(demand.banks, left)
+    device_slots: tuple[int, ...] = ()
+    if device is not None and device_budget is not None and demand.device_fixed is not None:
+        used = sum(demand.device_fixed.values()) + _nbytes(demand, device.pinned) + device.ring
+        device_slots = share_device(demand.banks, device_budget - used)
+    bank_slots = beside(demand.banks, share_slots(demand.banks, left), device_slots)
     bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
     left -= bank_bytes
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory
@@ -355,6 +374,8 @@ def _plan(
         borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
         bank_slots=bank_slots,
         bank_bytes=bank_bytes,
+        device_slots=device_slots,
+        device_bank_bytes=device_bytes(demand.banks, device_slots),
         ctx=demand.ctx,
         trained_ctx=demand.trained_ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,

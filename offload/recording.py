@@ -13,8 +13,8 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from offload.backends import routers_stay
 from offload.expert_bank import expert_banks, expert_nbytes
+from offload.host_place import routers_stay
 from offload.kernels.batch import Backend, Foresight, MicroBatch
 from offload.loader import Runner
 from offload.models.base import Model

@@ -91,7 +91,12 @@ def _residency(runner: Runner) -> dict[str, TierUse]:
     on_disk = plan.streamed_bytes + plan.bank_bytes_on_disk - lent
     if table is not None and not plan.embedding_bytes:
         on_disk += table.nbytes
+    vram = {}
+    if plan.device_budget_bytes is not None:
+        on_device = plan.device_pinned_bytes + plan.device_bank_bytes_held
+        vram = {"vram": TierUse(bytes=on_device, hit_rate=runner.telemetry.hit_rate)}
     return {
+        **vram,
         "ram": TierUse(bytes=held, hit_rate=runner.telemetry.hit_rate),
         "nvme": TierUse(bytes=on_disk, hit_rate=1.0),
     }

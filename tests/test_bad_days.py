@@ -61,7 +61,7 @@ def test_interrupted_and_short_reads_are_continued(model: Path, expected: tuple[
 
 
 def test_after_a_disk_error_the_engine_is_closed_for_requests(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)  # nothing is lent, so every token reads
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)  # nothing is lent, so every token reads
     with offload.load(model, ctx=64, ram="minimum", storage=storage_with([Fault(at=120, kind="eio")])) as engine:
         with pytest.raises(StorageError):
             engine.generate(PROMPT, max_tokens=60, temperature=0, ignore_eos=True)
@@ -97,7 +97,7 @@ def test_no_memory_for_a_slab_is_one_clear_error(model: Path, monkeypatch: pytes
                 raise AllocationError(f"memory: {nbytes} bytes refused", needed_bytes=nbytes)
             super().__init__(nbytes, **options)
 
-    monkeypatch.setattr("offload.backends.Slab", Refusing)
+    monkeypatch.setattr("offload.host_place.Slab", Refusing)
     with pytest.raises(AllocationError, match="refused"):
         offload.load(model, ctx=64)
     assert threading.active_count() == before, "a failed load must leave no thread behind"

@@ -33,7 +33,7 @@ def few_slots(need: Demand, budget: int, device: int | None) -> Plan:
 @pytest.fixture
 def load(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Engine]:
     monkeypatch.setattr("offload.opening.make_plan", few_slots)
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)  # nothing is lent: experts come and go
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)  # nothing is lent: experts come and go
     return lambda **options: offload.load(TRAINED, **{"ctx": 512, "prefetch": "on"} | options)
 
 

@@ -23,6 +23,13 @@ SHARES: dict[str, Callable[..., tuple[float, float]]] = {
 }
 
 
+def hold(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Has the device hold this share of the experts of each bank."""
+    monkeypatch.setattr(
+        "offload.plan.share_device", lambda banks, available: tuple(int(share * bank.num_experts) for bank in banks)
+    )
+
+
 def answers(model: Path, **options: object) -> tuple[np.ndarray, tuple[int, ...]]:
     with offload.load(model, ctx=64, kv_type="f32", **options) as engine:
         return engine.logits(PROMPT), engine.generate(PROMPT[:5], max_tokens=6, temperature=0, ignore_eos=True).tokens
@@ -35,8 +42,9 @@ def test_wherever_experts_are_computed_the_answer_is_the_same(
 ) -> None:
     model = tiny_checkpoint(family, tmp_path)  # float32: both processors compute what is stored
     expected = answers(model)
-    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    monkeypatch.setattr("offload.device_place.has_second_processor", lambda device: True)
     monkeypatch.setattr(Processors, "costs", SHARES[share])
+    hold(monkeypatch, 0.0)
     logits, tokens = answers(model, device="torch:cpu")
     assert np.abs(logits - expected[0]).max() < 1e-4 * np.abs(expected[0]).max() and tokens == expected[1]
 
@@ -45,8 +53,9 @@ def test_the_host_computes_what_it_is_given_and_the_device_the_rest(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
-    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    monkeypatch.setattr("offload.device_place.has_second_processor", lambda device: True)
     monkeypatch.setattr(Processors, "costs", SHARES["half"])
+    hold(monkeypatch, 0.0)
     with offload.load(model, ctx=64, device="torch:cpu") as engine:
         backend = engine._runner.backend
         host, device = [], []
@@ -63,9 +72,49 @@ def test_the_hosts_part_counts_in_the_budget(tmp_path: Path, monkeypatch: pytest
     model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
     with offload.load(model, ctx=64, device="torch:cpu") as engine:
         alone = engine.plan.workspace_bytes
-    monkeypatch.setattr("offload.backends.has_second_processor", lambda device: True)
+    monkeypatch.setattr("offload.device_place.has_second_processor", lambda device: True)
     with offload.load(model, ctx=64, device="torch:cpu") as engine:
         assert engine.plan.workspace_bytes == alone + engine._runner.backend._helper.experts.nbytes
+
+
+@pytest.mark.parametrize(("family", "element"), [("olmoe", "Q8_0"), ("gpt_oss", "MXFP4"), ("deepseek_v2", "F16")])
+def test_experts_that_a_device_holds_give_the_bits_of_copies_and_are_never_read(
+    family: str, element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen, read = gguf_checkpoint(family, tmp_path, element), [], []
+    for share in (0.0, 0.4, 1.0):
+        hold(monkeypatch, share)
+        with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu", ram="minimum") as engine:
+            before = engine.statistics().io["nvme->ram"].bytes
+            logits = engine.logits(PROMPT)
+            seen.append((logits, engine.generate(PROMPT[:5], max_tokens=6, temperature=0, ignore_eos=True).tokens))
+            read.append(engine.statistics().io["nvme->ram"].bytes - before)
+            found = {tier: use.bytes for tier, use in engine.statistics().residency.items()}
+            assert min(found.values()) >= 0 and found["vram"] >= engine.plan.device_bank_bytes_held
+            assert engine.plan.missed_bytes > 0 or share == 1.0
+    for logits, tokens in seen[1:]:
+        assert np.array_equal(logits, seen[0][0]) and tokens == seen[0][1]
+    assert read[0] > read[1] > read[2]
+    assert read[2] < 64 * 1024, "rows of the token table at most"
+
+
+def test_a_device_budget_is_kept_whatever_it_holds(tmp_path: Path) -> None:
+    model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
+    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+        need, expected = engine.plan.demand, answers(model, device="torch:cpu")
+    fixed, dense = sum(need.device_fixed.values()), sum(block.footprint for block in need.blocks)
+    experts = sum(bank.num_experts * bank.device_bytes for bank in need.banks)
+    held = []
+    for share in (0.0, 0.1, 0.35, 0.6, 0.85, 1.1):
+        vram = fixed + dense + int(share * experts) + 4096
+        with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu", vram=vram) as engine:
+            tier = engine._runner.backend._tier
+            assert fixed + tier.capacity_bytes <= vram
+            assert tier.statistics().allocated_bytes <= tier.capacity_bytes
+            held.append(sum(engine.plan.device_slots))
+            logits = engine.logits(PROMPT)
+        assert np.array_equal(logits, expected[0])
+    assert held == sorted(held) and held[0] == 0 and held[-1] == sum(bank.num_experts for bank in need.banks)
 
 
 @pytest.mark.parametrize(

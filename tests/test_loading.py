@@ -15,15 +15,17 @@ from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
 from test_engine import budget_at, split_at
 
-from offload.backends import DevicePlace, Place, make_place
+from offload.backends import make_place
 from offload.blocks import BlockKey
 from offload.config import LoadConfig
+from offload.device_place import DevicePlace
 from offload.embedding import EmbeddingTable
 from offload.errors import BudgetError, StorageError
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.kernels.torch.backend import TorchBackend
 from offload.loader import load_runner
 from offload.opening import Footprint, Opened, open_model, plan_for
+from offload.places import Place
 from offload.rates import Rates
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry

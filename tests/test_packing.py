@@ -108,7 +108,7 @@ def decode(**options: Any) -> tuple[tuple[int, ...], float, Any]:
 def test_light_experts_are_coarse_when_they_are_missing(side: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     exact, likelihood, _ = decode()
     monkeypatch.setattr("offload.opening.make_plan", few_slots)
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)
     same, _, use = decode(expert_pack=side, coarse_experts_below=1e-9)
     assert same == exact and use.coarse == 0
     _, rough, use = decode(expert_pack=side, coarse_experts_below=0.3)
@@ -121,7 +121,7 @@ def test_a_prompt_computes_whole_experts_even_where_coarse_ones_are(
     with offload.load(TRAINED, ctx=256) as engine:
         expected = engine.logits(PROMPT)
     monkeypatch.setattr("offload.opening.make_plan", few_slots)
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)
     with offload.load(TRAINED, ctx=256, expert_pack=side, coarse_experts_below=1.0) as engine:
         engine.generate(PROMPT[:4], max_tokens=30, temperature=0, ignore_eos=True)
         bank = next(iter(engine._runner.scheduler._experts._banks.values()))
@@ -182,7 +182,7 @@ def test_a_side_file_may_be_named_from_where_one_stands(
 ) -> None:
     monkeypatch.chdir(side.parent)
     monkeypatch.setattr("offload.opening.make_plan", few_slots)
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)
     _, _, use = decode(expert_pack=side.name, coarse_experts_below=0.3)
     assert use.coarse > 0
 
@@ -220,7 +220,7 @@ def test_where_no_slot_is_left_for_the_rest_of_an_expert_it_is_read_whole(
     write_pack(model, side)
     with offload.load(model, ctx=64) as engine:
         expected = [engine.logits(prompt) for prompt in prompts]
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)
     with offload.load(
         model, ctx=64, ram="minimum", expert_pack=side, coarse_experts_below=1.0, prefetch="off"
     ) as engine:

@@ -117,7 +117,7 @@ def test_where_routers_are_streamed_choices_are_recorded_without_guesses(
     """A router that passes through the ring cannot be asked layers before its turn."""
     folder = tiny_checkpoint("olmoe", tmp_path, num_hidden_layers=12)
     monkeypatch.setattr("offload.opening.make_plan", budget_at(0.0))
-    monkeypatch.setattr("offload.backends.CAN_DISCARD", False)  # nothing is lent: routers stay away
+    monkeypatch.setattr("offload.host_place.CAN_DISCARD", False)  # nothing is lent: routers stay away
     with offload.load(folder, ctx=64, kv_type="f32") as engine:
         streamed = {key.name for key in engine.plan.streamed}
         assert any("ffn_gate_inp" in name for name in streamed)

@@ -120,6 +120,7 @@ def quantize(values: np.ndarray[Any, Any], element: str) -> np.ndarray[Any, Any]
     block, nbytes = gguf.GGML_QUANT_SIZES[kind]
     *outer, columns = values.shape
     rows = int(np.prod(outer))
+    assert columns % block == 0, "ggml would write beyond the row"
     values = np.ascontiguousarray(values, dtype=np.float32)
     out = np.zeros((*outer, columns // block * nbytes), dtype=np.uint8)
     importance = np.ones(columns, dtype=np.float32)

@@ -18,6 +18,7 @@ import torch
 from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
+from offload.expert_slots import HELD
 from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.torch.cache import TorchCache
@@ -64,6 +65,7 @@ class TorchBackend:
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
         self._experts: dict[int, ExpertPlace] = {}
+        self._held: dict[int, ExpertPlace] = {}
         self._foresight = Foresight()
         self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
@@ -96,6 +98,10 @@ class TorchBackend:
         self._experts[layer] = place
         if self._helper is not None:
             self._helper.experts.place(layer, place)
+
+    def place_held(self, layer: int, place: ExpertPlace) -> None:
+        """Says where the arena holds experts of a layer for good; `place.address` is an offset into it."""
+        self._held[layer] = place
 
     def set_foresight(self, foresight: Foresight) -> None:
         """See `Backend.set_foresight`."""
@@ -219,7 +225,8 @@ class TorchBackend:
 
     def _share(self, batch: int, layer: int, slots: Mapping[int, int]) -> dict[int, int]:
         """The experts that the host had better compute itself."""
-        if self._helper is None:
+        slots = {expert: slot for expert, slot in slots.items() if slot < HELD}
+        if self._helper is None or not slots:
             return {}
         nbytes = sum(matrix.nbytes for matrix in self._model.experts[layer].experts[0])
         sent = np.bincount(self.routed(batch, layer).reshape(-1).clip(0), minlength=max(slots) + 1)
@@ -236,14 +243,14 @@ class TorchBackend:
         routed.returned[places] = torch.from_numpy(returned[tokens, ranks]).to(self._tier.device)
 
     def _compute_here(self, batch: int, layer: int, slots: Mapping[int, int]) -> None:
-        """Copies experts to the device, and computes them there."""
-        experts, place = self._model.experts[layer], self._experts[layer]
+        """Computes experts on the device: those that it holds, and copies of others."""
+        experts = self._model.experts[layer]
         for expert, slot in slots.items():
             if self._cancel is not None:
                 self._cancel.raise_if_cancelled()
             products = [
-                self._multiplier(self._from_host(place.address + slot * place.stride + offset, info.nbytes), info)
-                for offset, info in zip(place.offsets, experts.experts[expert], strict=True)
+                self._multiplier(raw, info)
+                for raw, info in zip(self._expert(layer, expert, slot), experts.experts[expert], strict=True)
             ]
             self._ops[batch].expert(experts, expert, products)
 
@@ -264,6 +271,14 @@ class TorchBackend:
     def close(self) -> None:
         """See `Backend.close`."""
         self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
+
+    def _expert(self, layer: int, expert: int, slot: int) -> list[torch.Tensor]:
+        """Gate, up and down as stored, on the device."""
+        place, number = (self._experts[layer], slot) if slot < HELD else (self._held[layer], slot - HELD)
+        view = self._from_host if slot < HELD else self._tier.view
+        start = place.address + number * place.stride
+        matrices = self._model.experts[layer].experts[expert]
+        return [view(start + offset, info.nbytes) for offset, info in zip(place.offsets, matrices, strict=True)]
 
     def _from_host(self, address: int, nbytes: int) -> torch.Tensor:
         raw = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)

@@ -1,0 +1,209 @@
+"""A model in host RAM: blocks pinned or through a ring, experts in slots; and computed there, by ggml."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from offload.blocks import BlockSpec, ExpertKey
+from offload.config import GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
+from offload.demand import model_blocks
+from offload.expert_bank import BankSpec, expert_banks
+from offload.expert_cache import ExpertCache
+from offload.expert_slots import ExpertBank
+from offload.kernels.batch import Backend, Floats, Foresight
+from offload.kernels.ggml.backend import GgmlBackend
+from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
+from offload.lending import CacheMemory, IdleMemory, Range
+from offload.models.base import Model
+from offload.opening import Footprint, Opened
+from offload.packing import Pack
+from offload.places import Report
+from offload.plan import Plan
+from offload.prefetch.governor import Governor, pays_at_first
+from offload.prefetch.policies import make_eviction
+from offload.residency import Residency
+from offload.stream import BlockStream
+from offload.telemetry import Telemetry
+from offload.tiers.heap import can_trim_heap
+from offload.tiers.nvme import NvmeReader
+from offload.tiers.ram import CAN_DISCARD, Slab
+from offload.units import PAGE, align_up
+
+if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
+    pass
+
+
+@dataclass(slots=True)
+class HostMemory:
+    """Blocks in host RAM: pinned in one slab, the others through a ring; and experts in slots."""
+
+    stack: ExitStack
+    foresight: Foresight = field(default_factory=Foresight)
+    banks: list[ExpertBank] = field(default_factory=list)
+    pack: Pack | None = None
+
+    def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
+        slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
+        self.stack.callback(slab.close)
+        return slab
+
+    def stream(self, blocks: list[BlockSpec], nbytes: int, reader: NvmeReader) -> BlockStream | None:
+        if not blocks:
+            return None
+        stream = BlockStream(blocks, self.slab(nbytes), reader)
+        self.stack.callback(stream.close)
+        return stream
+
+    def experts(
+        self, model: Model, plan: Plan, config: LoadConfig, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
+        report: Report | None, *, in_pass: bool, hold: Callable[[ExpertBank, int], None] | None = None,
+    ) -> ExpertCache | None:  # fmt: skip
+        """Places the banks of experts and fills them.
+
+        Args:
+            in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
+                nothing to bring, and None comes back.
+            hold: has a device hold experts of each bank for good, given the bank and its number, before it is filled.
+        """
+        guesses = config.prefetch != "off" and routers_stay(model, plan)
+        banks: dict[int, ExpertBank] = {}
+        first: list[ExpertKey] = []
+        for spec, num_slots, most in zip(expert_banks(model), plan.bank_slots, plan.bank_slots_at(0), strict=True):
+            is_resident = in_pass and num_slots == spec.num_experts
+            reserve = _reserve(spec, num_slots) if guesses and not is_resident else 0
+            policy = make_eviction(config.expert_policy, [layer.layer for layer in spec.layers], spec.experts_per_layer)
+            slab = self.slab(most * spec.stride, prefault=most == num_slots)
+            if most > num_slots:
+                slab.populate(0, align_up(num_slots * spec.stride))
+            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve, self.pack)
+            self.banks.append(bank)
+            before = 0
+            for layer in spec.layers:
+                place = bank.place(layer.layer)
+                if is_resident:
+                    place = place._replace(
+                        address=place.address + before * spec.stride, num_slots=len(layer.experts), is_resident=True
+                    )
+                backend.place_experts(layer.layer, place)
+                before += len(layer.experts)
+                banks[layer.layer] = bank
+            first += filling_order(spec, in_order=is_resident)
+        for number, bank in enumerate(self.banks if hold is not None else ()):
+            assert hold is not None
+            hold(bank, number)
+        banks = {layer: banks[layer] for layer in sorted(banks)}
+        fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
+        largest = max((bank.expert_bytes for bank in plan.demand.banks), default=0)
+        governor = Governor(fixed, prior=pays_at_first(largest, plan.demand.disk_bps))
+        cache = ExpertCache(
+            banks, backend, reader, telemetry, governor, config.skip_experts_below, config.coarse_experts_below
+        )
+        cache.fill(first, report)
+        fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
+        if any(bank.reserve for bank in banks.values()):
+            self.foresight = Foresight(lookahead=1, width=GUESSED_EXPERTS)
+            backend.set_foresight(self.foresight)
+        return cache if fetched and banks else None
+
+
+def routers_stay(model: Model, plan: Plan) -> bool:
+    """Whether the router of every layer is always there, so that it can be asked at any time."""
+    routers = {name for router in model.routers.values() for name in router.matrices}
+    return routers.isdisjoint(key.name for key in plan.streamed)
+
+
+def _reserve(spec: BankSpec, num_slots: int) -> int:
+    """Slots that experts may be read ahead into: so few that a choice always finds room, beside all that is guessed."""
+    guessed = min(GUESSED_EXPERTS, spec.experts_per_layer)
+    return max(0, min(RESERVED_SLOTS, num_slots // 4, num_slots - 2 * spec.least_slots - guessed))
+
+
+def filling_order(spec: BankSpec, *, in_order: bool) -> list[ExpertKey]:
+    """What a bank is filled with at first: layer by layer where all fit, else the same share of every layer."""
+    keys = [ExpertKey(layer.layer, expert) for layer in spec.layers for expert in range(len(layer.experts))]
+    return keys if in_order else sorted(keys, key=lambda key: (key.expert, key.layer))
+
+
+class HostPlace:
+    """ggml on the CPU: computes where the tiers put the bytes."""
+
+    def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
+        self._opened = opened
+        self._config = config
+        self._host = HostMemory(stack, pack=opened.pack)
+        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
+        stack.callback(self.backend.close)
+        self._cache: Slab | None = None
+        self.experts: ExpertCache | None = None
+
+    def footprint(self) -> Footprint:
+        model, ctx = self._opened.model, self._opened.ctx
+        self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
+        needs = self.backend.reserve()
+        kv = cache_nbytes(model, ctx, self._config.kv_type)
+        buckets = bucket_nbytes(model, self._config.kv_type)
+        whole_pages = all(nbytes % PAGE == 0 for nbytes in buckets)
+        return Footprint(
+            in_parts=True,
+            kv_bytes=kv,
+            workspace_bytes=needs.few,
+            prompt_bytes=needs.prompt,
+            micro_batch_bytes=needs.micro_batch,
+            lends=whole_pages and CAN_DISCARD and can_trim_heap(),
+        )
+
+    def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
+        # a huge page would bring more of the cache into use than a bucket
+        lends = plan.lends
+        cache = self._host.slab(plan.kv_bytes, huge_pages=not lends, prefault=not lends)
+        self.backend.place_cache(cache.address)
+        self._cache = cache if lends else None
+        blocks = model_blocks(self._opened.model, in_parts=True)
+        streamed = [block for block in blocks if block.key in plan.streamed]
+        residency = Residency(self.backend.place, self._host.stream(streamed, plan.ring_bytes, reader), telemetry)
+        pinned = [block for block in blocks if block.key not in plan.streamed]
+        if pinned:
+            residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
+        self.experts = self._host.experts(
+            self._opened.model,
+            plan,
+            self._config,
+            self.backend,
+            reader,
+            telemetry,
+            report,
+            in_pass=not self._config.skip_experts_below,
+        )
+        return residency
+
+    @property
+    def idle(self) -> IdleMemory | None:
+        """The unused part of the cache, and what prompts leave behind."""
+        if self._cache is None:
+            return None
+        return IdleMemory(CacheMemory(self._cache, self._cache_ranges, KV_BUCKET), self.backend.release_prompt)
+
+    def _cache_ranges(self, first: int, last: int) -> list[Range]:
+        """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tensors."""
+        model = self._opened.model
+        sizes = bucket_nbytes(model, self._config.kv_type)
+        buckets = align_up(self._opened.ctx, KV_BUCKET) // KV_BUCKET
+        ranges, start = [], 0
+        for nbytes in sizes * model.config.num_layers:
+            ranges.append(Range(start + first * nbytes, (last - first) * nbytes))
+            start += buckets * nbytes
+        return ranges
+
+    @property
+    def banks(self) -> Sequence[ExpertBank]:
+        return self._host.banks
+
+    @property
+    def foresight(self) -> Foresight:
+        return self._host.foresight
+
+    def place_vector(self, name: str, values: Floats) -> None:
+        self.backend.place_vector(name, values)
