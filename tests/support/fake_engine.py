@@ -45,6 +45,7 @@ class FakePlan:
     device_budget_bytes: int | None = None
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
+    device_slots: tuple[int, ...] = ()
     missed_bytes: int = 0
     prefill_tokens_per_pass: int = 512
     placements: tuple[Any, ...] = (
