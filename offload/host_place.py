@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from offload.blocks import BlockSpec, ExpertKey
 from offload.config import GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
@@ -31,9 +30,6 @@ from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import CAN_DISCARD, Slab
 from offload.units import PAGE, align_up
-
-if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
-    pass
 
 
 @dataclass(slots=True)
