@@ -26,6 +26,7 @@ from offload.residency import Residency
 from offload.telemetry import Telemetry
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
+from offload.tuning import popularity
 from offload.units import align_up
 
 if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
@@ -139,7 +140,7 @@ class DevicePlace:
             staging.close()
 
     def _hold(self, bank: ExpertBank, count: int) -> None:
-        """Reads experts through the bank's own slots, and copies them to where they stay."""
+        """Reads experts through the bank's own slots, and copies them to where they stay: the most popular ones."""
         if not count:
             return
         assert self._tier is not None and self._backend is not None
@@ -148,7 +149,9 @@ class DevicePlace:
         for layer in bank.spec.layers:
             place = ExpertPlace(base, stride, count, offsets, is_resident=False)
             self._backend.place_held(layer.layer, place)
-        for number, key in enumerate(filling_order(bank.spec, in_order=False)[:count]):
+        chosen = popularity(self._opened.checkpoint.fingerprint)
+        keys = sorted(filling_order(bank.spec, in_order=False), key=lambda key: -chosen.get(key, 0))
+        for number, key in enumerate(keys[:count]):
             (flight,) = bank.start([key], key.layer, ())
             flight.handle.wait()
             bank.land(flight, passing=False)

@@ -9,17 +9,23 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+import numpy as np
 from platformdirs import user_cache_path
 
+from offload.blocks import ExpertKey
 from offload.config import MAX_THREADS, Prefetch
+from offload.errors import CheckpointError, StorageError
 from offload.machine import host_fingerprint, write_record
 from offload.prefetch.policies import DEFAULT_EVICTION, EVICTION
 from offload.prefetch.replay import replay
 from offload.prefetch.routing import RoutingTrace, legible
+from offload.prefetch.trace_file import read_routing
 
 _FORMAT: Final = 2
 _FINGERPRINT: Final = re.compile(r"[0-9a-f]{8,128}")
@@ -103,6 +109,20 @@ def learn(trace: RoutingTrace, share: float) -> Tuning:
     if known is None or known.by == "replay":
         return replayed
     return replace(known, curves=replayed.curves, tokens=replayed.tokens, origin=replayed.origin)
+
+
+def popularity(model: str) -> Mapping[ExpertKey, int]:
+    """How often the model's recorded trace chose each expert; nothing where there is none, or none that can be believed."""
+    try:
+        trace = read_routing(trace_path(model))
+    except (StorageError, CheckpointError):
+        return {}
+    counts: Counter[ExpertKey] = Counter()
+    for row, layer in enumerate(trace.layers):
+        chosen = trace.choices[:, row].reshape(-1)
+        found = np.bincount(chosen[chosen >= 0], minlength=trace.num_experts)
+        counts.update({ExpertKey(layer, expert): int(count) for expert, count in enumerate(found) if count})
+    return counts
 
 
 def hit_rate(trace: RoutingTrace, policy: str, share: float) -> float:

@@ -11,8 +11,11 @@ from support.checkpoints import tiny_checkpoint
 from support.gguf_checkpoints import gguf_checkpoint
 
 import offload
+from offload.blocks import ExpertKey
 from offload.errors import BackendError
+from offload.prefetch.trace_file import write_routing
 from offload.processors import Processors
+from offload.tuning import popularity, trace_path
 
 PROMPT = [7 * n % 250 for n in range(40)]
 SHARES: dict[str, Callable[..., tuple[float, float]]] = {
@@ -96,6 +99,25 @@ def test_experts_that_a_device_holds_give_the_bits_of_copies_and_are_never_read(
         assert np.array_equal(logits, seen[0][0]) and tokens == seen[0][1]
     assert read[0] > read[1] > read[2]
     assert read[2] < 64 * 1024, "rows of the token table at most"
+
+
+def test_a_device_holds_what_a_trace_shows_to_be_popular(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("offload.tuning.user_cache_path", lambda name: tmp_path / name)
+    model = gguf_checkpoint("olmoe", tmp_path, "Q8_0")
+    with offload.load(model, ctx=64) as engine:
+        trace = engine.record_routing(PROMPT)
+    write_routing(trace_path(trace.model), trace)
+    counts = popularity(trace.model)
+    assert sum(counts.values()) == trace.choices.size
+    hold(monkeypatch, 0.25)
+    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+        bank = next(iter(engine._runner.scheduler._experts._banks.values()))
+        least = min(counts.get(key, 0) for key in bank._held)
+        others = [counts.get(ExpertKey(layer.layer, e), 0) for layer in bank.spec.layers for e in range(len(layer.experts))
+                  if ExpertKey(layer.layer, e) not in bank._held]  # fmt: skip
+        assert bank._held and least >= max(others) and least > 0
+    trace_path(trace.model).write_bytes(b"not a trace")
+    assert popularity(trace.model) == {}
 
 
 def test_a_device_budget_is_kept_whatever_it_holds(tmp_path: Path) -> None:
