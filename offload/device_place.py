@@ -3,7 +3,7 @@ to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,7 @@ class DevicePlace:
     def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
         self._opened = opened
         self._config = config
-        self._host = HostMemory(stack, pack=opened.pack)
+        self._host = HostMemory(stack, pack=opened.pack, pin=self._register)
         self._stack = stack
         self._tier: DeviceTier | None = None
         self._backend: TorchBackend | None = None
@@ -121,6 +121,12 @@ class DevicePlace:
 
     def place_vector(self, name: str, values: Floats) -> None:
         self._vectors[name] = values
+
+    def _register(self, slab: Slab) -> Callable[[], None] | None:
+        from offload.tiers.pinned import pin
+
+        assert self._tier is not None
+        return pin(slab, self._tier.device)
 
     def _fill_arena(self, blocks: list[BlockSpec], reader: NvmeReader) -> None:
         """Reads blocks into the device's arena through a staging slab of one block."""

@@ -34,16 +34,24 @@ from offload.units import PAGE, align_up
 
 @dataclass(slots=True)
 class HostMemory:
-    """Blocks in host RAM: pinned in one slab, the others through a ring; and experts in slots."""
+    """Blocks in host RAM: those that stay in one slab, the others through a ring; and experts in slots.
+
+    Attributes:
+        pin: registers a slab with a device, and returns what undoes that.
+    """
 
     stack: ExitStack
     foresight: Foresight = field(default_factory=Foresight)
     banks: list[ExpertBank] = field(default_factory=list)
     pack: Pack | None = None
+    pin: Callable[[Slab], Callable[[], None] | None] | None = None
 
     def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
         slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
         self.stack.callback(slab.close)
+        undo = None if self.pin is None else self.pin(slab)
+        if undo is not None:
+            self.stack.callback(undo)
         return slab
 
     def stream(self, blocks: list[BlockSpec], nbytes: int, reader: NvmeReader) -> BlockStream | None:

@@ -24,6 +24,7 @@ MAY_HOLD_TORCH = (
     "offload.kernels.torch",
     "offload.kernels.triton",
     "offload.tiers.device_errors",
+    "offload.tiers.pinned",
     "offload.tiers.vram",
 )
 FOLDERS = ("offload", "tiers", "prefetch", "models", "cli")
