@@ -88,6 +88,8 @@ def test_experts_that_a_device_holds_give_the_bits_of_copies_and_are_never_read(
     for share in (0.0, 0.4, 1.0):
         hold(monkeypatch, share)
         with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu", ram="minimum") as engine:
+            for bank in engine._runner.scheduler._experts._banks.values():
+                assert not bank._held.keys() & bank._resident.keys(), "no slot is spent on what the device holds"
             before = engine.statistics().io["nvme->ram"].bytes
             logits = engine.logits(PROMPT)
             seen.append((logits, engine.generate(PROMPT[:5], max_tokens=6, temperature=0, ignore_eos=True).tokens))
