@@ -217,26 +217,27 @@ class TorchBackend:
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         """See `Backend.compute_experts`."""
         start = perf_counter()
-        for_host = self._share(batch, layer, slots)
+        chosen = np.empty((0, 0), np.int32) if self._helper is None else self.routed(batch, layer)
+        for_host = self._share(layer, chosen, slots)
         self._compute_here(batch, layer, {expert: slot for expert, slot in slots.items() if expert not in for_host})
         if for_host:  # beside what the device has been given
-            self._compute_on_host(batch, layer, for_host)
+            self._compute_on_host(batch, layer, chosen, for_host)
         return perf_counter() - start
 
-    def _share(self, batch: int, layer: int, slots: Mapping[int, int]) -> dict[int, int]:
+    def _share(self, layer: int, chosen: Ints, slots: Mapping[int, int]) -> dict[int, int]:
         """The experts that the host had better compute itself."""
         slots = {expert: slot for expert, slot in slots.items() if slot < HELD}
         if self._helper is None or not slots:
             return {}
         nbytes = sum(matrix.nbytes for matrix in self._model.experts[layer].experts[0])
-        sent = np.bincount(self.routed(batch, layer).reshape(-1).clip(0), minlength=max(slots) + 1)
+        sent = np.bincount(chosen.reshape(-1).clip(0), minlength=max(slots) + 1)
         costs = [self._helper.processors.costs(nbytes, int(sent[expert])) for expert in slots]
         here = for_device(costs)
         return {expert: slot for index, (expert, slot) in enumerate(slots.items()) if index not in here}
 
-    def _compute_on_host(self, batch: int, layer: int, slots: Mapping[int, int]) -> None:
+    def _compute_on_host(self, batch: int, layer: int, chosen: Ints, slots: Mapping[int, int]) -> None:
         assert self._helper is not None
-        routed, chosen = self._ops[batch].routed[layer], self.routed(batch, layer)
+        routed = self._ops[batch].routed[layer]
         returned = self._helper.experts.compute(layer, routed.x.cpu().numpy(), chosen, slots)
         tokens, ranks = np.nonzero(np.isin(chosen, list(slots)))
         places = (torch.from_numpy(tokens).to(self._tier.device), torch.from_numpy(ranks).to(self._tier.device))
