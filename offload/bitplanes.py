@@ -14,12 +14,10 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from offload.elements import ElementType
 from offload.errors import UnsupportedError
-
-Bytes = npt.NDArray[np.uint8]
+from offload.kernels.batch import Bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from offload.kernels.batch import Backend, ExpertPlace, Floats, Foresight
 from offload.kernels.ggml.host_experts import HostExperts
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.places import Report
-from offload.plan import Plan
+from offload.plan import Plan, minimum_device_budget
 from offload.processors import Processors
 from offload.residency import Residency
 from offload.telemetry import Telemetry
@@ -179,6 +179,16 @@ def _device_slot(spec: BankSpec) -> tuple[tuple[int, int, int], int]:
     """Where the matrices of an expert lie in its place on a device, and the bytes of that."""
     gate, up, down = (align_up(matrix.nbytes, DEVICE_ALIGNMENT) for matrix in spec.layers[0].experts[0])
     return (0, gate, gate + up), gate + up + down
+
+
+def less_memory(device: str, plan: Plan) -> int:
+    """What to use of a device after the plan's bytes were too many and were given back: three quarters, or less where less
+    is free, but what the model needs. Somebody else has just taken some, and may take more."""
+    from offload.kernels.torch.backend import free_device_bytes
+
+    assert plan.device_budget_bytes is not None
+    wanted = min(plan.device_budget_bytes * 3 // 4, free_device_bytes(device))
+    return min(plan.device_budget_bytes, max(minimum_device_budget(plan.demand), wanted))
 
 
 def has_second_processor(device: str) -> bool:

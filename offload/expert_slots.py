@@ -17,10 +17,10 @@ from typing import Final, Literal, NamedTuple
 
 import numpy as np
 
-from offload.bitplanes import Bytes, expand, refine
+from offload.bitplanes import expand, refine
 from offload.blocks import ExpertKey, Extent
 from offload.expert_bank import BankSpec
-from offload.kernels.batch import ExpertPlace
+from offload.kernels.batch import Bytes, ExpertPlace
 from offload.models.base import Stored
 from offload.models.checkpoint.base import TensorInfo
 from offload.packing import Pack

@@ -12,7 +12,7 @@ from offload.config import MICRO_BATCH_TOKENS, GenerationConfig
 from offload.constraint import Constraint, ConstraintCompiler
 from offload.demand import logits_rows
 from offload.detokenize import IncrementalDetokenizer
-from offload.errors import Cancelled, ContextError, UsageError
+from offload.errors import AllocationError, Cancelled, ContextError, UsageError
 from offload.kernels.batch import Floats, MicroBatch
 from offload.kv import CachedTokens
 from offload.loader import Runner
@@ -125,7 +125,14 @@ class Decoder:
         start = perf_counter()
         hidden = self._runner.table.rows(tokens, cancel)
         self._runner.telemetry.pass_s += perf_counter() - start
-        self._runner.scheduler.forward(batches, hidden, cancel)
+        while True:
+            try:
+                self._runner.scheduler.forward(batches, hidden, cancel)
+                break
+            except AllocationError:  # of a device on which somebody else needs memory too
+                if not self._runner.shrink(len(self._kv)):
+                    raise
+                self._runner.backend.set_cancel(cancel)
         self._kv.append(tokens)
 
 

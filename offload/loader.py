@@ -5,16 +5,20 @@ Open, plan, allocate, read, in that order; the reverse order on close, or when a
 
 from __future__ import annotations
 
+import logging
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from offload.backends import make_place
 from offload.borrowers import BlockBorrower, SlotBorrower
 from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
+from offload.device_place import less_memory
 from offload.embedding import EmbeddingTable
+from offload.errors import AllocationError, BudgetError, DeviceError
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.dequantize import dequantize
 from offload.lending import IdleMemory, Lending
@@ -23,12 +27,17 @@ from offload.opening import Opened, Progress, known_tuning, micro_batch_tokens, 
 from offload.places import Place
 from offload.plan import Plan
 from offload.residency import Residency
+from offload.results import EdgeUse
 from offload.scheduler import Scheduler
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, OnRead
 from offload.tiers.files import LocalStorage, Storage
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
+from offload.units import format_size
+
+_LOG: Final = logging.getLogger("offload")
+_REMEDY: Final = "close what else uses it, or lower --ctx, and load the model again, or use --device cpu"
 
 
 class Runner:
@@ -37,10 +46,19 @@ class Runner:
     def __init__(self, opened: Opened, config: LoadConfig, *, storage: Storage, progress: Progress | None) -> None:
         self.opened = opened
         self.telemetry = Telemetry(timeline=config.trace)
+        self._config = config
+        self._storage = storage
+        self._read_before = EdgeUse(bytes=0, busy_s=0.0)
         self._stack = ExitStack()
-        self._stack.callback(opened.close)
-        with self._stack:  # whatever fails below frees what was made before it
-            self._load(make_place(opened, config, self._stack), config, storage, progress)
+        try:
+            self._fill(config, progress)
+        except BaseException:
+            opened.close()
+            raise
+
+    def _fill(self, config: LoadConfig, progress: Progress | None) -> None:
+        with ExitStack() as self._stack:  # whatever fails below frees what was made before it
+            self._load(make_place(self.opened, config, self._stack), config, self._storage, progress)
             self._stack = self._stack.pop_all()
 
     def _load(self, place: Place, config: LoadConfig, storage: Storage, progress: Progress | None) -> None:
@@ -86,9 +104,46 @@ class Runner:
         self.backend.set_foresight(self._own_foresight if foresight is None else foresight)
         self.scheduler.reschedule()
 
+    @property
+    def disk_use(self) -> EdgeUse:
+        """What was read from disk since the model was opened."""
+        return self._read_before + self.reader.statistics()
+
+    def shrink(self, positions: int) -> bool:
+        """After its device ran out of memory: loads the model anew into less of it; the cache keeps so many positions.
+
+        False where there is no device, or where somebody watches the passes and would see only some of them.
+
+        Raises:
+            DeviceError: it cannot be; nothing is loaded any more.
+        """
+        device, plan = self.opened.device, self.plan
+        if device is None or self.scheduler.observer is not None:
+            return False
+        layers = range(self.opened.model.config.num_layers)
+        rows = [self.backend.cached_rows(layer, positions) for layer in layers] if positions else []
+        self._read_before = self.disk_use
+        self._stack.close()
+        less = less_memory(device, plan)
+        if less == plan.device_budget_bytes:
+            raise DeviceError(f"{device}: out of memory, and the model needs {format_size(less)} of it; {_REMEDY}")
+        _LOG.warning(
+            "%s: out of memory; loading anew, into %s of it, to go on where it stopped", device, format_size(less)
+        )
+        try:
+            self._fill(replace(self._config, vram=less), None)
+        except (AllocationError, BudgetError) as error:
+            raise DeviceError(
+                f"{device}: out of memory, and it could not be loaded anew ({error}); {_REMEDY}"
+            ) from error
+        for layer, stored in zip(layers, rows, strict=False):
+            self.backend.restore_rows(layer, stored)
+        return True
+
     def close(self) -> None:
         """Frees memory, threads and files, in the reverse order of their making. Idempotent."""
         self._stack.close()
+        self.opened.close()
 
     def _read_vector(self, vector: Vector) -> Floats:
         if vector.tensor is None:

@@ -226,6 +226,12 @@ def minimum_budget(demand: Demand) -> int:
     return sum(demand.fixed.values()) + streamed + least_bytes(demand.banks)
 
 
+def minimum_device_budget(demand: Demand) -> int:
+    """The least number of bytes on the device with which the model runs: everything passes through the smallest ring."""
+    assert demand.device_fixed is not None
+    return sum(demand.device_fixed.values()) + _ring(demand, range(len(demand.blocks)), 0.0)
+
+
 def full_budget(demand: Demand) -> int:
     """The budget from which on nothing is streamed."""
     everything = sum(block.footprint for block in demand.blocks)
@@ -274,11 +280,11 @@ def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
 
 def _device(demand: Demand, budget: int) -> _Share:
     assert demand.device_fixed is not None
-    fixed, everything = sum(demand.device_fixed.values()), frozenset(range(len(demand.blocks)))
-    share = _best(demand, budget - fixed, everything)
+    everything = frozenset(range(len(demand.blocks)))
+    share = _best(demand, budget - sum(demand.device_fixed.values()), everything)
     if share is not None:
         return share
-    minimum = fixed + _ring(demand, everything, 0.0)
+    minimum = minimum_device_budget(demand)
     raise BudgetError(
         f"--vram {format_size(budget)}: too little for this model at context {demand.ctx}; "
         f"{format_size(minimum)} ({minimum} bytes) would do: raise --vram or lower --ctx",

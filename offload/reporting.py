@@ -21,18 +21,13 @@ class Usage(NamedTuple):
 
     def since(self, before: Usage) -> Usage:
         """What was added."""
-        io = {
-            edge: EdgeUse(bytes=use.bytes - before.io[edge].bytes, busy_s=use.busy_s - before.io[edge].busy_s)
-            for edge, use in self.io.items()
-        }
+        io = {edge: use.since(before.io[edge]) for edge, use in self.io.items()}
         return Usage(io, None if self.experts is None or before.experts is None else self.experts.since(before.experts))
 
 
 def usage(runner: Runner) -> Usage:
     """The counters now."""
-    return Usage(
-        {"nvme->ram": runner.reader.statistics()}, runner.telemetry.experts if runner.fetches_experts else None
-    )
+    return Usage({"nvme->ram": runner.disk_use}, runner.telemetry.experts if runner.fetches_experts else None)
 
 
 def report_totals(runner: Runner, *, kv_tokens: int) -> Statistics:

@@ -31,6 +31,13 @@ class EdgeUse:
         """Bytes per second while busy."""
         return self.bytes / self.busy_s if self.busy_s > 0 else 0.0
 
+    def __add__(self, other: EdgeUse) -> EdgeUse:
+        return EdgeUse(bytes=self.bytes + other.bytes, busy_s=self.busy_s + other.busy_s)
+
+    def since(self, before: EdgeUse) -> EdgeUse:
+        """What was added."""
+        return EdgeUse(bytes=self.bytes - before.bytes, busy_s=self.busy_s - before.busy_s)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TierUse:

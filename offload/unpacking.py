@@ -11,12 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from offload.kernels.batch import Bytes
 from offload.models.base import ExpertMatrices, Stored
 from offload.models.checkpoint.base import TensorInfo
-
-Bytes = npt.NDArray[np.uint8]
 
 _HALF = 8  # bytes of sixteen values: half of a block
 

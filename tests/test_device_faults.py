@@ -12,7 +12,7 @@ from test_engine import split_at
 
 import offload
 from offload.engine import Engine
-from offload.errors import AllocationError, ClosedError, DeviceError
+from offload.errors import ClosedError, DeviceError
 from offload.kernels.torch.ops import TorchOps
 from offload.tiers.vram import DeviceTier
 
@@ -65,20 +65,41 @@ def collect(engine: Engine, tokens: list[int]) -> None:
         tokens += chunk.tokens
 
 
-def test_no_memory_ends_an_answer_and_nothing_else(load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_memory(monkeypatch: pytest.MonkeyPatch) -> Fault:
     fault = Fault(torch.OutOfMemoryError("Tried to allocate 2 GiB.\nGPU 0 has ..\n"))
     for name in ("linear", "attention", "route", "mix"):
         monkeypatch.setattr(TorchOps, name, fault(getattr(TorchOps, name)))
+    return fault
+
+
+def test_an_answer_goes_on_with_less_of_the_device_when_it_runs_out(
+    load: Callable[[], Engine], no_memory: Fault, caplog: pytest.LogCaptureFixture
+) -> None:
     with load() as engine:
-        expected = answer(engine)
-        calls = fault.calls
-        for at in range(1, calls, 7):
-            fault.calls, fault.at = 0, at
-            with pytest.raises(AllocationError, match=NO_MEMORY) as caught:
-                engine.generate([*PROMPT, at], max_tokens=12, temperature=0, ignore_eos=True)
-            assert "\n" not in str(caught.value)
-            fault.at = None
+        expected, calls, budget = answer(engine), no_memory.calls, engine.plan.device_budget_bytes
+        read = engine.statistics().io["nvme->ram"].bytes
+    for at in range(1, calls, max(1, calls // 9)):
+        no_memory.at = None
+        with load() as engine:
+            caplog.clear()
+            no_memory.calls, no_memory.at = 0, at
             assert answer(engine) == expected
+            assert engine.plan.device_budget_bytes < budget
+            assert engine.statistics().io["nvme->ram"].bytes > read
+            (warning,) = [record.getMessage() for record in caplog.records]
+            assert warning.startswith("cpu: out of memory; loading anew, into ")
+            assert answer(engine) == expected
+
+
+def test_no_memory_again_and_again_ends_the_engine(load: Callable[[], Engine], no_memory: Fault) -> None:
+    with load() as engine:
+        no_memory.calls, no_memory.at, no_memory.forever = 0, 40, True
+        with pytest.raises(DeviceError, match=r"cpu: out of memory, and the model needs [^;]*; close") as caught:
+            answer(engine)
+        assert "\n" not in str(caught.value)
+        with pytest.raises(ClosedError, match="load the model again"):
+            answer(engine)
 
 
 @dense

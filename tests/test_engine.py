@@ -398,14 +398,14 @@ def test_three_tiers_give_the_same_tokens_at_every_split(
 
 
 def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int | None], Plan]:
-    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device."""
+    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device, if it may."""
 
-    def plan(demand: Demand, _: int, __: int | None) -> Plan:
-        assert demand.device_fixed is not None
+    def plan(demand: Demand, _: int, device: int | None) -> Plan:
+        assert demand.device_fixed is not None and device is not None
         everything = sum(block.footprint for block in demand.blocks)
         ring = minimum_budget(demand) - sum(demand.fixed.values())
         vram = sum(demand.device_fixed.values()) + ring + int(vram_share * (everything - ring))
-        return make_plan(demand, budget_at_share(demand, ram_share), vram)
+        return make_plan(demand, budget_at_share(demand, ram_share), min(vram, device))
 
     return plan
 

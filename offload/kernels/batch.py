@@ -15,6 +15,7 @@ from offload.tiers.base import CancelToken
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
+Bytes = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +152,14 @@ class Backend(Protocol):
 
     def logits(self, batch: int) -> Floats:
         """Logits of the batch's outputs after the last piece, [num_outputs, vocab_size] float32, a copy."""
+        ...
+
+    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+        """What the KV cache holds of a layer's first positions, [positions, bytes of a row] for each tensor: copies."""
+        ...
+
+    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
+        """Puts back what `cached_rows` gave, from position 0 on."""
         ...
 
     def set_cancel(self, cancel: CancelToken | None) -> None:

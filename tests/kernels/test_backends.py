@@ -230,6 +230,21 @@ def test_a_pass_that_is_cancelled_in_the_middle_can_be_begun_again(make: Make, k
     assert np.array_equal(logits, expected)
 
 
+@both
+@pytest.mark.parametrize(("kv_type", "nbytes"), [("f16", 2), ("f32", 4)])
+def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
+    make: Make, kind: type[Driven], kv_type: KVType, nbytes: int
+) -> None:
+    driven, other = make(kind, kv_type=kv_type), make(kind, kv_type=kv_type)
+    *_, expected = map(driven.forward, (MicroBatch(0, 40), step := MicroBatch(40, 1, (0,))))
+    for layer in range(LAYERS):
+        rows = driven.backend.cached_rows(layer, 40)
+        assert [stored.shape for stored in rows] == [(40, 2 * 32 * nbytes)] * 2
+        other.backend.restore_rows(layer, rows)
+    driven.forward(MicroBatch(0, 40))  # what was given is a copy
+    assert np.array_equal(other.forward(step), expected)
+
+
 # ---- ggml
 
 

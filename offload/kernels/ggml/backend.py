@@ -20,7 +20,7 @@ from offload.blocks import BlockKey
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
 from offload.elements import F16, F32
 from offload.errors import BackendError, Cancelled
-from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.cache import KVCache
 from offload.kernels.ggml.expert_layers import ExpertLayers
@@ -197,6 +197,15 @@ class GgmlBackend:
             result[:, start : start + width] = values[rows * start : rows * (start + width)].reshape(rows, width)
             start += width
         return result
+
+    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+        """See `Backend.cached_rows`."""
+        return tuple(view.copy() for view in self._cache.rows(layer, positions))
+
+    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
+        """See `Backend.restore_rows`."""
+        for view, stored in zip(self._cache.rows(layer, len(rows[0])), rows, strict=True):
+            view[:] = stored
 
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`. ggml looks between the nodes of a graph."""

@@ -8,8 +8,11 @@ from __future__ import annotations
 import ctypes
 from itertools import cycle
 
+import numpy as np
+
 from offload.config import KV_BUCKET, KVType
 from offload.elements import element_type
+from offload.kernels.batch import Bytes
 from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.library import Library
 from offload.kernels.ggml.ops import KVTensors
@@ -49,6 +52,15 @@ class KVCache:
         for cell, nbytes in zip(self._cells, cycle(self._sizes), strict=False):
             cell.value = address
             address += self._buckets * nbytes
+
+    def rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+        """The first positions of a layer as stored, [positions, bytes of a row] for each tensor: views."""
+        views, count = [], len(self._sizes)
+        for cell, nbytes in zip(self._cells[layer * count :], self._sizes, strict=False):
+            width = nbytes // KV_BUCKET
+            memory = (ctypes.c_uint8 * (positions * width)).from_address(cell.value)
+            views.append(np.ctypeslib.as_array(memory).reshape(positions, width))
+        return tuple(views)
 
     def close(self) -> None:
         """Frees the tensors' descriptions."""

@@ -19,7 +19,7 @@ from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
 from offload.expert_slots import HELD
-from offload.kernels.batch import ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.ops import TorchOps
@@ -262,6 +262,18 @@ class TorchBackend:
             return np.empty((0, self._model.config.vocab_size), np.float32)
         rows: Floats = torch.cat(self._parts[batch], dim=-1).cpu().numpy()
         return rows
+
+    @device_errors
+    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+        """See `Backend.cached_rows`."""
+        views = self._cache.rows(layer, positions)
+        return tuple(view.cpu().flatten(1).view(torch.uint8).numpy().copy() for view in views)
+
+    @device_errors
+    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
+        """See `Backend.restore_rows`."""
+        for view, stored in zip(self._cache.rows(layer, len(rows[0])), rows, strict=True):
+            view.copy_(torch.from_numpy(stored).view(view.dtype).view(view.shape))
 
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`."""
