@@ -16,7 +16,7 @@ import psutil
 import typer
 
 from offload.cli.models import resolve_model
-from offload.cli.options import LoadOptions, PlanOptions, PrefetchChoice
+from offload.cli.options import AutoChoice, LoadOptions, PlanOptions
 from offload.cli.progress import Bars
 from offload.errors import OffloadError
 from offload.units import format_size
@@ -75,6 +75,8 @@ def notes(plan: Plan, options: PlanOptions) -> Iterator[str]:
     machine = psutil.virtual_memory().total
     if options.ram is not None and plan.budget_bytes > machine:
         yield f"--ram {format_size(plan.budget_bytes)} is more than this machine has ({format_size(machine)})"
+    if options.host_compute is AutoChoice.on and plan.device_budget_bytes is None:
+        yield "--host-compute: there is no device, the CPU computes everything"
     if isinstance(options, LoadOptions):
         yield from expert_notes(plan, options)
     if plan.ctx > plan.trained_ctx:
@@ -85,7 +87,7 @@ def expert_notes(plan: Plan, options: LoadOptions) -> Iterator[str]:
     """Options for experts that change nothing here."""
     given = {
         "--expert-policy": options.expert_policy != "auto",
-        "--prefetch": options.prefetch is not PrefetchChoice.auto,
+        "--prefetch": options.prefetch is not AutoChoice.auto,
         "--skip-experts-below": options.skip_experts_below > 0,
         "--expert-pack": options.expert_pack is not None,
     }

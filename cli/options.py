@@ -62,8 +62,8 @@ class KVType(str, Enum):
     f32 = "f32"
 
 
-class PrefetchChoice(str, Enum):
-    """Whether experts are read ahead of need."""
+class AutoChoice(str, Enum):
+    """Whether something is done: while it pays, always, never."""
 
     auto = "auto"
     on = "on"
@@ -146,6 +146,15 @@ class PlanOptions:
         KVType, _memory("--kv-type", about="Element type of the KV cache. Default: f16.", env="OFFLOAD_KV_TYPE")
     ] = KVType.f16
 
+    host_compute: Annotated[
+        AutoChoice,
+        _memory(
+            "--host-compute",
+            about="Have the CPU compute, beside a device, what lies in host memory. Default: auto, while it pays.",
+            env="OFFLOAD_HOST_COMPUTE",
+        ),
+    ] = AutoChoice.auto
+
     def planning(self) -> dict[str, Any]:
         """The options by the names of `offload.load`'s arguments."""
         return {
@@ -155,6 +164,7 @@ class PlanOptions:
             "device": self.device,
             "threads": self.threads,
             "kv_type": self.kv_type.value,
+            "host_compute": self.host_compute.value,
         }
 
 
@@ -172,11 +182,11 @@ class LoadOptions(PlanOptions):
         ),
     ] = "auto"
     prefetch: Annotated[
-        PrefetchChoice,
+        AutoChoice,
         _memory(
             "--prefetch", about="Read experts ahead of need. Default: auto, while it pays.", env="OFFLOAD_PREFETCH"
         ),
-    ] = PrefetchChoice.auto
+    ] = AutoChoice.auto
     skip_experts_below: Annotated[
         float,
         _memory(

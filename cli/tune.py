@@ -12,7 +12,7 @@ import typer
 from offload.cli.grouping import grouped
 from offload.cli.loading import open_engine
 from offload.cli.models import resolve_model
-from offload.cli.options import DebugOption, ExpertModelArgument, JsonOption, LoadOptions, PrefetchChoice, QuietOption
+from offload.cli.options import AutoChoice, DebugOption, ExpertModelArgument, JsonOption, LoadOptions, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.run import read_prompt
 from offload.errors import UsageError
@@ -95,7 +95,7 @@ class Trials:
     def measure(self, tuning: Tuning) -> Sample:
         """A run of its own, with a cache that is empty at first."""
         chosen = replace(
-            self._load, expert_policy=tuning.policy, prefetch=PrefetchChoice(tuning.prefetch), workers=tuning.workers
+            self._load, expert_policy=tuning.policy, prefetch=AutoChoice(tuning.prefetch), workers=tuning.workers
         )
         with open_engine(self._path, chosen, self._bars) as engine:
             self._bars.update(f"trying {self._name}", 0, None)

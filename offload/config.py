@@ -14,6 +14,7 @@ from offload.units import KIB, MIB, parse_size
 
 KVType = Literal["f16", "f32"]
 Prefetch = Literal["auto", "on", "off"]
+HostCompute = Literal["auto", "on", "off"]
 MINIMUM: Final = "minimum"
 MAX_THREADS: Final = 512  # ggml's own limit
 
@@ -109,6 +110,8 @@ class LoadConfig:
         expert_policy: which expert makes room for another, by the names of `prefetch.policies`; "auto" takes what `offload
             tune` or a replay found best for this model, else the default.
         prefetch: whether experts are read ahead of need: "on", "off", or "auto" for as long as a trial shows that it pays.
+        host_compute: whether the CPU computes, beside a device, what lies in host memory: "on", "off", or "auto" for as long
+            as a trial shows that it pays. Tokens agree to rounding.
         skip_experts_below: leaves out experts whose share of a token's router weights is smaller, between 0 and 1. Changes
             what is computed, the same at every budget; 0, the default, changes nothing.
         expert_pack: a side file of `offload pack`. coarse_experts_below: from it, experts that a decoded token gives a
@@ -126,6 +129,7 @@ class LoadConfig:
     workers: int | None = None
     expert_policy: str = "auto"
     prefetch: Prefetch = "auto"
+    host_compute: HostCompute = "auto"
     skip_experts_below: float = 0.0
     expert_pack: Path | None = None
     coarse_experts_below: float = 0.0
@@ -148,8 +152,9 @@ class LoadConfig:
                 "coarse experts are read from a side file: write one with `offload pack`, and name it by expert_pack "
                 "(--expert-pack)"
             )
-        if self.prefetch not in ("auto", "on", "off"):
-            raise UsageError(f"prefetch={self.prefetch!r}: choose auto, on or off")
+        for name, way in (("prefetch", self.prefetch), ("host_compute", self.host_compute)):
+            if way not in ("auto", "on", "off"):
+                raise UsageError(f"{name}={way!r}: choose auto, on or off")
 
     @staticmethod
     def parse_ram(ram: str | int | None) -> int | Literal["minimum"] | None:

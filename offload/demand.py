@@ -58,7 +58,8 @@ class Demand:
         fetch_s: what bringing experts adds to it where not all are in memory.
         ctx: context length in tokens. trained_ctx: that the model was made for.
         disk_bps: bandwidth of the disk in bytes/s. link_bps: of the way from RAM to the device.
-        expert_bps: bytes of experts that the CPU computes in a second.
+        dense_bps, expert_bps: bytes of matrices, and of experts, that the CPU computes in a second for one token.
+        shared: indices into `blocks` of those whose rows the CPU can compute beside a device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
         kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
             the cache's unused part cannot be lent.
@@ -74,7 +75,9 @@ class Demand:
     attention_s: float = 0.0
     fetch_s: float = 0.0
     disk_bps: float
+    dense_bps: float = 0.0
     expert_bps: float = 0.0
+    shared: frozenset[int] = frozenset()
     ctx: int
     trained_ctx: int
     prefill_tokens_per_pass: int
@@ -161,7 +164,7 @@ def logits_rows(model: Model) -> int:
 def make_demand(
     model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int,
     micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
-    device_fixed: Mapping[str, int] | None = None, curves: Sequence[Curve] = (),
+    device_fixed: Mapping[str, int] | None = None, curves: Sequence[Curve] = (), shares: bool = False,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -174,6 +177,7 @@ def make_demand(
         budget_bytes: None for the least that works.
         device_fixed: what is always on the device, when computing happens there.
         curves: how often experts hit, bank by bank, from a trace; see `BankDemand`.
+        shares: whether the host computes beside a device.
     """
     blocks = model_blocks(model, in_parts=in_parts)
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
@@ -206,7 +210,9 @@ def make_demand(
         attention_s=attention_seconds(model, rates, ctx),
         fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
+        dense_bps=dense_rate(model, rates),
         expert_bps=expert_rate(model, rates),
+        shared=_shared(model, blocks) if shares else frozenset(),
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
         ctx=ctx,
@@ -244,6 +250,24 @@ def compute_seconds(model: Model, rates: Rates) -> float:
 
     computing = seconds(model.matrices.values()) + seconds(used) / EXPERT_EFFICIENCY
     return computing + model.config.num_layers * LAYER_OVERHEAD_S
+
+
+def _shared(model: Model, blocks: Sequence[BlockSpec]) -> frozenset[int]:
+    names = shareable(model)
+    return frozenset(index for index, block in enumerate(blocks) if block.key.name in names)
+
+
+def shareable(model: Model) -> frozenset[str]:
+    """Matrices whose rows two processors can compute: what stages multiply by, but for routers, and for one by each head."""
+    names = (name for stage in model.stages if not stage.routes for name in stage.matrices)
+    return frozenset(name for name in names if len(model.matrices[name].shape) == 2)
+
+
+def dense_rate(model: Model, rates: Rates) -> float:
+    """Bytes of matrices that the CPU computes in a second, for one token."""
+    matrices = model.matrices.values()
+    seconds = sum(matrix.nbytes / rates.kernel_bps.get(matrix.element.name, DEFAULT_KERNEL_BPS) for matrix in matrices)
+    return sum(matrix.nbytes for matrix in matrices) / max(seconds, 1e-12)
 
 
 def expert_rate(model: Model, rates: Rates) -> float:

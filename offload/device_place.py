@@ -3,14 +3,16 @@ to the host."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from offload.bank_plan import DEVICE_ALIGNMENT
 from offload.blocks import BlockKey, BlockSpec
 from offload.config import LoadConfig
-from offload.demand import model_blocks
+from offload.demand import model_blocks, shareable
 from offload.device_stream import DeviceStream
 from offload.expert_bank import BankSpec
 from offload.expert_cache import ExpertCache
@@ -18,11 +20,14 @@ from offload.expert_slots import ExpertBank
 from offload.host_place import HostMemory, filling_order
 from offload.kernels.batch import Backend, ExpertPlace, Floats, Foresight
 from offload.kernels.ggml.host_experts import HostExperts
+from offload.kernels.ggml.host_products import HostProducts
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.places import Report
 from offload.plan import Plan, minimum_device_budget
-from offload.processors import Processors
+from offload.prefetch.governor import WAYS, Governor
+from offload.processors import Processors, rows_on_device
 from offload.residency import Residency
+from offload.sharing import Sharing
 from offload.telemetry import Telemetry
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
@@ -46,6 +51,7 @@ class DevicePlace:
         self._backend: TorchBackend | None = None
         self._vectors: dict[str, Floats] = {}
         self._experts_here: HostExperts | None = None
+        self.sharing: Sharing | None = None
         self.experts: ExpertCache | None = None
 
     @property
@@ -58,7 +64,8 @@ class DevicePlace:
 
         assert self._opened.device is not None
         check_device(self._opened.device)
-        if self._opened.model.experts and has_second_processor(self._opened.device):
+        shares = self._config.host_compute != "off" and has_second_processor(self._opened.device)
+        if self._opened.model.experts and shares:
             self._experts_here = HostExperts(self._opened.model, self._opened.threads)
             self._stack.callback(self._experts_here.close)
         fixed = TorchBackend.device_nbytes(
@@ -66,9 +73,12 @@ class DevicePlace:
         )
         budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
         workspace = 0 if self._experts_here is None else self._experts_here.nbytes
+        if shares:
+            workspace += HostProducts.nbytes(self._opened.model)
         return Footprint(
-            in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget
-        )
+            in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget,
+            shares=shares,
+        )  # fmt: skip
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         from offload.kernels.torch.backend import Helper, TorchBackend
@@ -99,11 +109,16 @@ class DevicePlace:
         if moving:
             base = self._tier.allocate(plan.device_ring_bytes)
             stream = DeviceStream(moving, self._tier, base, plan.device_ring_bytes, pinned, lower)
+        shared = self._share_rows(plan, pinned)
+        if shared or self._experts_here is not None:
+            self.sharing = Sharing(Governor(WAYS[self._config.host_compute]), stream, shared)
+            self._backend.set_sharing(self.sharing)
         if report is not None:
             report(plan.device_pinned_bytes, plan.device_pinned_bytes)
         self.experts = self._host.experts(
             opened.model, plan, self._config, self._backend, reader, telemetry, report, in_pass=False,
             hold=lambda bank, number: self._hold(bank, plan.device_slots[number]),
+            beside=None if self.sharing is None else self.sharing.governor,
         )  # fmt: skip
         return Residency(self._backend.place, stream, telemetry)
 
@@ -121,6 +136,20 @@ class DevicePlace:
 
     def place_vector(self, name: str, values: Floats) -> None:
         self._vectors[name] = values
+
+    def _share_rows(self, plan: Plan, pinned: Mapping[BlockKey, memoryview]) -> dict[BlockKey, int]:
+        """Gives the host its rows of matrices in its memory; returns how many bytes of each the device computes."""
+        assert self._backend is not None
+        model, names = self._opened.model, shareable(self._opened.model)
+        nbytes: dict[BlockKey, int] = {}
+        for key, memory in pinned.items():
+            matrix = model.matrices[key.name]
+            first = rows_on_device(matrix.shape[0], plan.host_share)
+            if key.name in names and first < matrix.shape[0]:
+                nbytes[key] = first * matrix.row_nbytes
+                address = np.frombuffer(memory, np.uint8).ctypes.data
+                self._backend.place_host_rows(key.name, first, address + nbytes[key])
+        return nbytes
 
     def _register(self, slab: Slab) -> Callable[[], None] | None:
         from offload.tiers.pinned import pin

@@ -50,6 +50,7 @@ class DeviceStream:
     ) -> None:  # fmt: skip
         assert blocks, "an empty stream has nothing to copy"
         self._all = tuple(blocks)
+        self._nbytes: Mapping[BlockKey, int] = {}
         self._blocks = self._all
         self._tier = tier
         self._base = base
@@ -112,6 +113,12 @@ class DeviceStream:
         if self._stream is not None:
             self._stream.replace(keys)
 
+    def shorten(self, nbytes: Mapping[BlockKey, int]) -> None:
+        """Begins anew; from now on, only so many leading bytes of these blocks cross. Pinned ones."""
+        assert nbytes.keys() <= self._pinned.keys(), "what passes through the host's ring is not cut"
+        self.restart()
+        self._nbytes = nbytes
+
     @property
     def _has_next(self) -> bool:
         return len(self._ahead) + len(self._taken) < len(self._blocks)
@@ -122,11 +129,12 @@ class DeviceStream:
         pinned = self._pinned.get(block.key)
         if pinned is None and not wait and not self._source_ready():
             return False
+        nbytes = self._nbytes.get(block.key, block.nbytes)
         try:
-            region = self._ring.try_allocate(block.nbytes)
+            region = self._ring.try_allocate(nbytes)
         except WouldBlock:
             return False
-        source = self._from_ring(block, cancel) if pinned is None else pinned
+        source = self._from_ring(block, cancel) if pinned is None else pinned[:nbytes]
         handle = self._tier.copy_in(source, self._base + region.offset)
         if pinned is None:
             self._unsettled.append(handle)

@@ -47,6 +47,7 @@ def load(
     workers: int | None = None,
     expert_policy: str = "auto",
     prefetch: str = "auto",
+    host_compute: str = "auto",
     skip_experts_below: float = 0.0,
     expert_pack: str | Path | None = None,
     coarse_experts_below: float = 0.0,
@@ -67,7 +68,7 @@ def load(
         BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
-                         workers=workers, expert_policy=expert_policy, prefetch=prefetch,
+                         workers=workers, expert_policy=expert_policy, prefetch=prefetch, host_compute=host_compute,
                          skip_experts_below=skip_experts_below, expert_pack=expert_pack and Path(expert_pack),
                          coarse_experts_below=coarse_experts_below, trace=trace)  # fmt: skip
     return Engine(path, config, storage=storage, progress=progress)

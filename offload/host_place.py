@@ -21,7 +21,7 @@ from offload.opening import Footprint, Opened
 from offload.packing import Pack
 from offload.places import Report
 from offload.plan import Plan
-from offload.prefetch.governor import Governor, pays_at_first
+from offload.prefetch.governor import WAYS, Governor, pays_at_first
 from offload.prefetch.policies import make_eviction
 from offload.residency import Residency
 from offload.stream import BlockStream
@@ -64,12 +64,14 @@ class HostMemory:
     def experts(
         self, model: Model, plan: Plan, config: LoadConfig, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
         report: Report | None, *, in_pass: bool, hold: Callable[[ExpertBank, int], None] | None = None,
+        beside: Governor | None = None,
     ) -> ExpertCache | None:  # fmt: skip
         """Places the banks of experts and fills them.
 
         Args:
             in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
                 nothing to bring, and None comes back.
+            beside: what else is tried while tokens are made.
             hold: has a device hold experts of each bank for good, given the bank and its number, before it is filled.
         """
         guesses = config.prefetch != "off" and routers_stay(model, plan)
@@ -99,9 +101,9 @@ class HostMemory:
             assert hold is not None
             hold(bank, number)
         banks = {layer: banks[layer] for layer in sorted(banks)}
-        fixed = {"auto": None, "on": True, "off": False}[config.prefetch]
         largest = max((bank.expert_bytes for bank in plan.demand.banks), default=0)
-        governor = Governor(fixed, prior=pays_at_first(largest, plan.demand.disk_bps))
+        prior = pays_at_first(largest, plan.demand.disk_bps)
+        governor = Governor(WAYS[config.prefetch], prior=prior, beside=beside)
         cache = ExpertCache(
             banks, backend, reader, telemetry, governor, config.skip_experts_below, config.coarse_experts_below
         )
@@ -142,6 +144,7 @@ class HostPlace:
         stack.callback(self.backend.close)
         self._cache: Slab | None = None
         self.experts: ExpertCache | None = None
+        self.sharing: None = None
 
     def footprint(self) -> Footprint:
         model, ctx = self._opened.model, self._opened.ctx

@@ -74,7 +74,9 @@ class Runner:
         self._stack.callback(self.reader.close)
         self._open_table(storage)
         self.backend: Backend = place.backend
-        self.scheduler = Scheduler(place.backend, residency, self.plan.streamed, self.telemetry, place.experts)
+        self.scheduler = Scheduler(
+            place.backend, residency, self.plan.streamed, self.telemetry, place.experts, place.sharing
+        )
         self._own_foresight = place.foresight
         self._fetches_experts = place.experts is not None
         self._lending = self._lend(place, residency)

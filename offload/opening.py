@@ -119,6 +119,7 @@ class Footprint:
         in_parts: whether matrices move in parts by rows.
         workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition, and micro_batch_bytes
             that each of their micro-batches does.
+        shares: whether the host computes beside the device.
         lends: whether what the cache and prompts do not use can be given back to the system, and so be lent to weights.
     """
 
@@ -130,6 +131,7 @@ class Footprint:
     lends: bool = False
     device_fixed: dict[str, int] | None = None
     device_budget_bytes: int | None = None
+    shares: bool = False
 
 
 def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
@@ -159,6 +161,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
             workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes,
             micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
             budget_bytes=budget, device_fixed=footprint.device_fixed, curves=curves,
+            shares=footprint.shares,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time

@@ -12,6 +12,7 @@ from offload.lending import IdleMemory
 from offload.opening import Footprint
 from offload.plan import Plan
 from offload.residency import Residency
+from offload.sharing import Sharing
 from offload.telemetry import Telemetry
 from offload.tiers.nvme import NvmeReader
 
@@ -40,6 +41,11 @@ class Place(Protocol):
     @property
     def experts(self) -> ExpertCache | None:
         """What brings experts, after `fill`; None where there are none, or all are resident."""
+        ...
+
+    @property
+    def sharing(self) -> Sharing | None:
+        """Whether the host computes beside a device, after `fill`; None where there is no device, or it does not."""
         ...
 
     @property

@@ -20,6 +20,7 @@ from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
 from offload.errors import BudgetError
 from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
+from offload.processors import share_of_host
 from offload.units import MIB, align_down, format_size
 
 DEFAULT_DISK_BPS: Final = 1.0e9
@@ -50,6 +51,8 @@ class Plan:
         minimum_bytes: a budget that is sure to do.
         pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
         borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
+        link_bytes: that cross to the device for a decoded token. shared_bytes: that the host computes instead, where they
+            lie; `host_share` of each matrix in its memory.
         bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
         device_slots: for each bank, how many experts the device holds for good. device_bank_bytes: memory of these.
     """
@@ -80,6 +83,8 @@ class Plan:
     device_pinned_bytes: int = 0
     device_ring_bytes: int = 0
     link_bytes: int = 0
+    shared_bytes: int = 0
+    host_share: float = 0.0
     demand: Demand = field(repr=False)
 
     @property
@@ -174,7 +179,8 @@ class Plan:
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""
         link_s = self.link_bytes / self.demand.link_bps if self.link_bytes else 0.0
-        return max(self.streamed_bytes_at(position) / self.demand.disk_bps, link_s)
+        host_s = self.shared_bytes / self.demand.dense_bps if self.shared_bytes else 0.0
+        return max(self.streamed_bytes_at(position) / self.demand.disk_bps, link_s, host_s)
 
     @property
     def stream_s(self) -> float:
@@ -348,7 +354,9 @@ def _plan(
     demand: Demand, budget: int, host: _Share, device: _Share | None = None, device_budget: int | None = None
 ) -> Plan:
     pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
-    link = _nbytes(demand, device.streamed) if device is not None else 0
+    crossing = frozenset(device.streamed if device is not None else ())
+    host_share = share_of_host(demand.link_bps, demand.dense_bps) if demand.shared else 0.0
+    shared = int(host_share * _nbytes(demand, (crossing & demand.shared).difference(host.streamed)))
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
     device_slots: tuple[int, ...] = ()
     if device is not None and device_budget is not None and demand.device_fixed is not None:
@@ -388,7 +396,9 @@ def _plan(
         device_budget_bytes=device_budget,
         device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,
         device_ring_bytes=device.ring if device is not None else 0,
-        link_bytes=link,
+        link_bytes=_nbytes(demand, crossing) - shared,
+        shared_bytes=shared,
+        host_share=host_share,
         demand=demand,
     )
 

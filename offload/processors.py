@@ -8,8 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from offload.demand import BATCH_SPEEDUP
+
+ROW_GROUP: Final = 32  # rows are divided in groups of so many, which fill the threads of both processors
+LEAST_SHARE: Final = 0.05  # of rows: fewer are not worth the host's attention at every matrix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,3 +49,15 @@ def for_device(costs: Sequence[tuple[float, float]]) -> frozenset[int]:
         if max(device_s, host_s) < best:
             best, cut = max(device_s, host_s), count
     return frozenset(order[:cut])
+
+
+def share_of_host(link_bps: float, host_bps: float) -> float:
+    """Of the rows of a matrix in host memory, what the host computes to end when the others have crossed the link."""
+    share = host_bps / (host_bps + link_bps) if link_bps else 0.0
+    return share if share >= LEAST_SHARE else 0.0
+
+
+def rows_on_device(rows: int, host_share: float) -> int:
+    """How many rows of a matrix the device computes when the host takes such a share of them; at least a group."""
+    groups = round(rows * host_share / ROW_GROUP)
+    return max(min(rows, ROW_GROUP), rows - groups * ROW_GROUP)

@@ -14,6 +14,7 @@ from offload.blocks import BlockKey
 from offload.expert_cache import ExpertCache
 from offload.kernels.batch import Backend, Floats, MicroBatch, Piece
 from offload.residency import Residency
+from offload.sharing import Sharing
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken
 
@@ -32,10 +33,12 @@ class Scheduler:
         streamed: AbstractSet[BlockKey],
         telemetry: Telemetry,
         experts: ExpertCache | None = None,
+        sharing: Sharing | None = None,
     ) -> None:
         self._backend = backend
         self._residency = residency
         self._experts = experts
+        self._sharing = sharing
         self._telemetry = telemetry
         self._streamed = streamed
         self._pieces: Sequence[Piece] | None = None
@@ -59,6 +62,9 @@ class Scheduler:
         start = perf_counter()
         if self._pieces is None:
             self._pieces = self._backend.schedule(self._streamed)
+        tokens = sum(batch.num_tokens for batch in batches)
+        if self._sharing is not None:
+            self._sharing.begin(tokens)
         self._backend.begin(batches, hidden)
         try:
             for number, piece in enumerate(self._pieces):
@@ -71,12 +77,14 @@ class Scheduler:
         self._residency.read_ahead()
         if self.observer is not None:
             self.observer(batches)
-        tokens, seconds = sum(batch.num_tokens for batch in batches), perf_counter() - start
+        seconds = perf_counter() - start
         self._telemetry.passes += 1
         self._telemetry.tokens += tokens
         self._telemetry.pass_s += seconds
         if tokens == 1 and self._experts is not None:
             self._experts.passed(seconds)
+        if self._sharing is not None:
+            self._sharing.passed(tokens, seconds)
 
     def _run(self, number: int, piece: Piece, num_batches: int, cancel: CancelToken | None) -> None:
         asked = perf_counter()

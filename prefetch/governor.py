@@ -1,8 +1,8 @@
-"""Whether reading ahead pays, decided by trial while tokens are made: some with, some without, and the faster way stays.
+"""Whether something pays, decided by trial while tokens are made: some with it, some without, and the faster way stays.
 
-A wrong guess costs the link that a right demand may need, and any guess costs the processor. Whether that loses depends on
-model, cache, disk and text, so it is measured where it matters, and again from time to time. Before the first trial, what an
-expert takes to read decides. What is computed does not depend on it.
+Reading ahead: a wrong guess costs the link that a right demand may need, and any guess costs the processor. Computing beside
+a device: the host's kernels and the copies share the memory. Whether that loses depends on model, machine and text, so it is
+measured where it matters, and again from time to time. Before the first trial, an estimate decides.
 """
 
 from __future__ import annotations
@@ -19,17 +19,21 @@ BLOCK: Final = (True, False, False, True)
 MOST_BLOCKS: Final = 3
 CLEAR: Final = 1.08  # times as fast: no more blocks are needed
 HOLD_TOKENS: Final = 512
+WAYS: Final = {"auto": None, "on": True, "off": False}
+"""What a user may ask for: to try, always, never."""
 
 
 class Governor:
-    """Told how long each token took; says whether the next one may read ahead.
+    """Told how long each token took; says whether the next one may be made so.
 
     Args:
         fixed: True or False for always or never, None to try. prior: the way until the first trial has ended.
+        beside: another one, during whose trial none begins: each would measure what the other does.
     """
 
-    def __init__(self, fixed: bool | None = None, *, prior: bool = True) -> None:
+    def __init__(self, fixed: bool | None = None, *, prior: bool = True, beside: Governor | None = None) -> None:
         self._fixed = fixed
+        self._beside = beside
         self._choice = prior
         self._until_trial = WARM_UP_TOKENS
         self._done = 0  # tokens of the trial
@@ -37,17 +41,23 @@ class Governor:
 
     @property
     def allows(self) -> bool:
-        """Whether the token at hand may read ahead."""
+        """Whether the token at hand may be made so."""
         if self._fixed is not None:
             return self._fixed
         return self._choice if self._until_trial else BLOCK[self._done // STINT_TOKENS % len(BLOCK)]
+
+    @property
+    def is_trying(self) -> bool:
+        """Whether a trial is under way."""
+        return self._fixed is None and not self._until_trial
 
     def passed(self, seconds: float) -> None:
         """The token at hand took so long."""
         if self._fixed is not None:
             return
         if self._until_trial:
-            self._until_trial -= 1
+            if self._until_trial > 1 or self._beside is None or not self._beside.is_trying:
+                self._until_trial -= 1
             return
         if self._done % STINT_TOKENS:
             self._seconds[self.allows].append(seconds)

@@ -13,6 +13,7 @@ from support.gguf_checkpoints import gguf_checkpoint
 import offload
 from offload.blocks import ExpertKey
 from offload.errors import BackendError
+from offload.kernels.ggml.host_products import HostProducts
 from offload.prefetch.trace_file import write_routing
 from offload.processors import Processors
 from offload.tuning import popularity, trace_path
@@ -75,7 +76,8 @@ def test_the_hosts_part_counts_in_the_budget(tmp_path: Path, monkeypatch: pytest
         alone = engine.plan.workspace_bytes
     monkeypatch.setattr("offload.device_place.has_second_processor", lambda device: True)
     with offload.load(model, ctx=64, device="torch:cpu") as engine:
-        assert engine.plan.workspace_bytes == alone + engine._runner.backend._helper.experts.nbytes
+        experts, products = engine._runner.backend._helper.experts, HostProducts.nbytes(engine._runner.opened.model)
+        assert engine.plan.workspace_bytes == alone + experts.nbytes + products
 
 
 @pytest.mark.parametrize(("family", "element"), [("olmoe", "Q8_0"), ("gpt_oss", "MXFP4"), ("deepseek_v2", "F16")])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offload.demand import BATCH_SPEEDUP
-from offload.processors import Processors, for_device
+from offload.processors import ROW_GROUP, Processors, for_device, rows_on_device, share_of_host
 
 Costs = list[tuple[float, float]]
 
@@ -66,3 +66,22 @@ def test_a_batch_is_the_devices_business_and_a_single_token_both_ones() -> None:
     assert for_device([many] * 8) >= frozenset(range(7))
     assert 0 < len(for_device([few] * 8)) < 8
     assert for_device([few, many, few]) == {1}, "the one that many tokens chose crosses the link"
+
+
+@given(
+    st.integers(1, 60).map(lambda groups: groups * ROW_GROUP),
+    st.floats(1e9, 60e9), st.floats(1e9, 60e9),
+)  # fmt: skip
+def test_rows_are_divided_as_well_as_whole_groups_allow(rows: int, link_bps: float, host_bps: float) -> None:
+    def slower(first: int) -> float:
+        return max(first / link_bps, (rows - first) / host_bps)
+
+    first = rows_on_device(rows, share_of_host(link_bps, host_bps))
+    best = min(slower(here) for here in range(ROW_GROUP, rows + 1, ROW_GROUP))
+    assert 0 < first <= rows and (rows - first) % ROW_GROUP == 0
+    assert slower(first) <= max(best + ROW_GROUP / 2 / min(link_bps, host_bps), 1.06 * best)
+
+
+def test_a_slow_host_is_left_alone() -> None:
+    assert share_of_host(50e9, 2e9) == 0.0 and rows_on_device(4096, 0.0) == 4096
+    assert share_of_host(0.0, 20e9) == 0.0, "no link was measured"

@@ -88,7 +88,16 @@ def test_the_command_plans_without_loading(invoke, engine_module, model):
     result = invoke("plan", model, "--ram", "3GiB")
     assert result.exit_code == 0 and "bound by disk" in result.stdout
     assert engine_module.loads == [
-        {"path": model, "ram": "3GiB", "vram": None, "ctx": None, "device": "auto", "threads": None, "kv_type": "f16"}
+        {
+            "path": model,
+            "ram": "3GiB",
+            "vram": None,
+            "ctx": None,
+            "device": "auto",
+            "threads": None,
+            "kv_type": "f16",
+            "host_compute": "auto",
+        }
     ]
     assert json.loads(invoke("plan", model, "--json").stdout)["one_more_gib"]["predicted_tps"] == 2.0
 

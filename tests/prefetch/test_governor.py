@@ -43,6 +43,17 @@ def test_the_faster_way_is_kept_and_found_the_sooner_the_clearer(
     assert set(run(governor, BLOCK_TOKENS, *seconds)) == {True, False}, "and tried again"
 
 
+def test_no_trial_begins_during_another_one() -> None:
+    first, second = Governor(), None
+    second = Governor(beside=first)
+    both = []
+    for _ in range(4 * HOLD_TOKENS):
+        both.append(first.is_trying and second.is_trying)
+        first.passed(1.0)
+        second.passed(0.8 if second.allows else 1.0)
+    assert not any(both) and not second.is_trying and second.allows
+
+
 def test_the_trial_is_repeated_and_may_end_differently() -> None:
     governor = Governor()
     run(governor, WARM_UP_TOKENS + BLOCK_TOKENS, 1.0, 0.8)

@@ -24,9 +24,11 @@ from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.ops import TorchOps
 from offload.kernels.torch.products import Products, products_for
+from offload.kernels.torch.shared_rows import SharedRows
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.processors import Processors, for_device
+from offload.sharing import Sharing
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
 from offload.tiers.device_errors import device_errors
@@ -61,6 +63,8 @@ class TorchBackend:
         self._tier = tier
         config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
         self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtype, tier.device)
+        self._rows = SharedRows(model, threads)
+        self._sharing: Sharing | None = None
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
@@ -98,6 +102,14 @@ class TorchBackend:
         self._experts[layer] = place
         if self._helper is not None:
             self._helper.experts.place(layer, place)
+
+    def place_host_rows(self, name: str, first: int, address: int) -> None:
+        """From its row `first` on, a matrix also lies in host memory, there at `address`, and may be computed there."""
+        self._rows.place(name, self._model.matrices[name], first, address)
+
+    def set_sharing(self, sharing: Sharing) -> None:
+        """Who says whether the host computes beside the device."""
+        self._sharing = sharing
 
     def place_held(self, layer: int, place: ExpertPlace) -> None:
         """Says where the arena holds experts of a layer for good; `place.address` is an offset into it."""
@@ -227,7 +239,7 @@ class TorchBackend:
     def _share(self, layer: int, chosen: Ints, slots: Mapping[int, int]) -> dict[int, int]:
         """The experts that the host had better compute itself."""
         slots = {expert: slot for expert, slot in slots.items() if slot < HELD}
-        if self._helper is None or not slots:
+        if self._helper is None or not slots or (self._sharing is not None and not self._sharing.experts):
             return {}
         nbytes = sum(matrix.nbytes for matrix in self._model.experts[layer].experts[0])
         sent = np.bincount(chosen.reshape(-1).clip(0), minlength=max(slots) + 1)
@@ -278,12 +290,14 @@ class TorchBackend:
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`."""
         self._cancel = cancel
+        self._rows.set_cancel(cancel)
         if self._helper is not None:
             self._helper.experts.set_cancel(cancel)
 
     def close(self) -> None:
         """See `Backend.close`."""
         self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
+        self._rows.close()
 
     def _expert(self, layer: int, expert: int, slot: int) -> list[torch.Tensor]:
         """Gate, up and down as stored, on the device."""
@@ -308,11 +322,19 @@ class TorchBackend:
         return self._tier.view(self._offsets[name], self._model.matrices[name].nbytes)
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return self._multiplier(self._stored(name), self._model.matrices[name])(x)
+        first = None if self._sharing is None or not self._sharing.rows else self._rows.on_device(name)
+        info = self._model.matrices[name]
+        if first is None:
+            return self._multiplier(self._stored(name), info)(x)
+        raw = self._tier.view(self._offsets[name], first * info.row_nbytes)
+        return self._rows.product(x, name, self._multiplier(raw, info, first))
 
-    def _multiplier(self, raw: torch.Tensor, info: TensorInfo) -> Callable[[torch.Tensor], torch.Tensor]:
-        rows, columns = info.shape
-        return lambda x: self._products.product(x, raw, info.element, (rows, columns))
+    def _multiplier(
+        self, raw: torch.Tensor, info: TensorInfo, rows: int | None = None
+    ) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Multiplies by a matrix, or by its first rows."""
+        shape = (info.shape[0] if rows is None else rows, info.shape[1])
+        return lambda x: self._products.product(x, raw, info.element, shape)
 
 
 def check_device(device: str) -> None:
