@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from offload.bank_plan import beside, device_bytes, least_bytes, share_device, share_slots
+from offload.bank_plan import beside, device_bytes, least_bytes, num_visiting, share_device, share_slots, visiting_bytes
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
 from offload.errors import BudgetError
@@ -51,7 +51,7 @@ class Plan:
         pinned_bytes: weights that stay for good. streamed_bytes: the others, read once per pass when nothing is lent.
         borrowers: streamed blocks that may live in idle memory, in the order in which they get it.
         bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
-        device_slots: for each bank, how many experts the device holds for good. device_bank_bytes: memory of these.
+        device_slots: experts of a bank that the device holds. device_visiting: slots for others. device_bank_bytes: of both.
     """
 
     budget_bytes: int
@@ -72,6 +72,7 @@ class Plan:
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
     device_slots: tuple[int, ...] = ()
+    device_visiting: int = 0
     device_bank_bytes: int = 0
     ctx: int
     trained_ctx: int
@@ -274,7 +275,8 @@ def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
 
 def _device(demand: Demand, budget: int) -> _Share:
     assert demand.device_fixed is not None
-    fixed, everything = sum(demand.device_fixed.values()), frozenset(range(len(demand.blocks)))
+    fixed = sum(demand.device_fixed.values()) + visiting_bytes(demand.banks, 1)
+    everything = frozenset(range(len(demand.blocks)))
     share = _best(demand, budget - fixed, everything)
     if share is not None:
         return share
@@ -342,18 +344,17 @@ def _plan(
     demand: Demand, budget: int, host: _Share, device: _Share | None = None, device_budget: int | None = None
 ) -> Plan:
     pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
-    link = _nbytes(demand, device.streamed) if device is not None else 0
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
     device_slots: tuple[int, ...] = ()
+    visiting = 0
     if device is not None and device_budget is not None and demand.device_fixed is not None:
         used = sum(demand.device_fixed.values()) + _nbytes(demand, device.pinned) + device.ring
         device_slots = share_device(demand.banks, device_budget - used)
+        visiting = num_visiting(demand.banks, device_budget - used, device_slots)
     bank_slots = beside(demand.banks, share_slots(demand.banks, left), device_slots)
     bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
-    left -= bank_bytes
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory
     table = demand.embedding
-    edges = {"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {})
     return Plan(
         budget_bytes=budget,
         minimum_bytes=minimum_budget(demand),
@@ -367,22 +368,23 @@ def _plan(
         workspace_bytes=demand.fixed["workspace"] + demand.fixed["vectors"],
         base_bytes=demand.fixed["base"],
         margin_bytes=demand.fixed["margin"],
-        embedding_bytes=table.footprint if table and table.footprint <= left else 0,
-        edges=edges,
+        embedding_bytes=table.footprint if table and table.footprint <= left - bank_bytes else 0,
+        edges={"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {}),
         compute_s=demand.compute_s,
         placements=_placements(demand.blocks, host, device),
         borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
         bank_slots=bank_slots,
         bank_bytes=bank_bytes,
         device_slots=device_slots,
-        device_bank_bytes=device_bytes(demand.banks, device_slots),
+        device_visiting=visiting,
+        device_bank_bytes=device_bytes(demand.banks, device_slots, visiting),
         ctx=demand.ctx,
         trained_ctx=demand.trained_ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
         device_budget_bytes=device_budget,
         device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,
         device_ring_bytes=device.ring if device is not None else 0,
-        link_bytes=link,
+        link_bytes=_nbytes(demand, device.streamed) if device is not None else 0,
         demand=demand,
     )
 
