@@ -55,14 +55,41 @@ def share_slots(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
 
 
 def share_device(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]:
-    """How many experts of each bank a device holds for good in so many bytes."""
+    """How many experts of each bank a device holds for good in so many bytes, beside slots that the others can visit."""
     on_device = [replace(bank, slot_bytes=bank.device_bytes, least_slots=0) for bank in banks]
-    return share_slots(on_device, max(0, available - PAGE * len(banks)))
+    available -= PAGE * len(banks)
+    held = share_slots(on_device, max(0, available))
+    if _all_held(banks, held):
+        return held
+    visiting = visiting_bytes(banks, num_visiting(banks, available, ()))
+    return share_slots(on_device, max(0, available - visiting))
 
 
-def device_bytes(banks: Sequence[BankDemand], slots: Sequence[int]) -> int:
-    """Memory on the device for so many experts of each bank; at most what `share_device` was given."""
-    return sum(align_up(bank.device_bytes * count) for bank, count in zip(banks, slots, strict=False))
+def num_visiting(banks: Sequence[BankDemand], available: int, held: Sequence[int]) -> int:
+    """How many slots a device has for experts that it does not hold: for two choices of a layer, one computed, one copied.
+
+    Fewer where those do not fit beside the held ones, but one at least; none where it holds all.
+    """
+    if _all_held(banks, held):
+        return 0
+    wanted, left = 2 * max(bank.least_slots for bank in banks), available - device_bytes(banks, held)
+    return next((count for count in range(wanted, 1, -1) if visiting_bytes(banks, count) <= left), 1)
+
+
+def visiting_bytes(banks: Sequence[BankDemand], count: int) -> int:
+    """Memory on the device for so many slots, each for an expert of any bank."""
+    return align_up(count * max((bank.device_bytes for bank in banks), default=0))
+
+
+def device_bytes(banks: Sequence[BankDemand], held: Sequence[int], visiting: int = 0) -> int:
+    """Memory on the device for so many experts of each bank, and slots for visitors."""
+    return sum(align_up(bank.device_bytes * count) for bank, count in zip(banks, held, strict=False)) + visiting_bytes(
+        banks, visiting
+    )
+
+
+def _all_held(banks: Sequence[BankDemand], held: Sequence[int]) -> bool:
+    return sum(held) == sum(bank.num_experts for bank in banks)
 
 
 def beside(banks: Sequence[BankDemand], slots: tuple[int, ...], held: tuple[int, ...]) -> tuple[int, ...]:

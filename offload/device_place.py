@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from offload.bank_plan import DEVICE_ALIGNMENT
-from offload.blocks import BlockKey, BlockSpec
+from offload.blocks import BlockKey, BlockSpec, ExpertKey
 from offload.config import LoadConfig
 from offload.demand import model_blocks, shareable
 from offload.device_stream import DeviceStream
-from offload.expert_bank import BankSpec
+from offload.expert_bank import device_slot
 from offload.expert_cache import ExpertCache
-from offload.expert_slots import ExpertBank
+from offload.expert_slots import HELD, ExpertBank
 from offload.host_place import HostMemory, filling_order
 from offload.kernels.batch import Backend, ExpertPlace, Floats, Foresight
 from offload.kernels.ggml.host_experts import HostExperts
@@ -32,7 +31,6 @@ from offload.telemetry import Telemetry
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
 from offload.tuning import popularity
-from offload.units import align_up
 
 if TYPE_CHECKING:  # torch costs 200 MB of memory: it is imported when a torch device is asked for, and only then
     from offload.kernels.torch.backend import TorchBackend
@@ -45,7 +43,7 @@ class DevicePlace:
     def __init__(self, opened: Opened, config: LoadConfig, stack: ExitStack) -> None:
         self._opened = opened
         self._config = config
-        self._host = HostMemory(stack, pack=opened.pack, pin=self._register)
+        self._host = HostMemory(stack, pack=opened.pack, pin=self._register, settle=self._settle)
         self._stack = stack
         self._tier: DeviceTier | None = None
         self._backend: TorchBackend | None = None
@@ -81,7 +79,8 @@ class DevicePlace:
         )  # fmt: skip
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
-        from offload.kernels.torch.backend import Helper, TorchBackend
+        from offload.kernels.torch.backend import TorchBackend
+        from offload.kernels.torch.experts import Helper
         from offload.tiers.vram import DeviceTier
 
         opened, demand = self._opened, plan.demand
@@ -115,11 +114,13 @@ class DevicePlace:
             self._backend.set_sharing(self.sharing)
         if report is not None:
             report(plan.device_pinned_bytes, plan.device_pinned_bytes)
+        self._make_room_for_visitors(plan.device_visiting)
         self.experts = self._host.experts(
             opened.model, plan, self._config, self._backend, reader, telemetry, report, in_pass=False,
             hold=lambda bank, number: self._hold(bank, plan.device_slots[number]),
             beside=None if self.sharing is None else self.sharing.governor,
         )  # fmt: skip
+        self._stack.callback(self._tier.drain)  # before the memory goes that copies read
         return Residency(self._backend.place, stream, telemetry)
 
     @property
@@ -157,6 +158,10 @@ class DevicePlace:
         assert self._tier is not None
         return pin(slab, self._tier.device)
 
+    def _settle(self) -> None:
+        assert self._backend is not None
+        self._backend.experts.finish_copies()
+
     def _fill_arena(self, blocks: list[BlockSpec], reader: NvmeReader) -> None:
         """Reads blocks into the device's arena through a staging slab of one block."""
         if not blocks:
@@ -174,26 +179,50 @@ class DevicePlace:
         finally:
             staging.close()
 
-    def _hold(self, bank: ExpertBank, count: int) -> None:
-        """Reads experts through the bank's own slots, and copies them to where they stay: the most popular ones."""
-        if not count:
-            return
+    def _make_room_for_visitors(self, count: int) -> None:
         assert self._tier is not None and self._backend is not None
-        offsets, stride = _device_slot(bank.spec)
+        stride = max((device_slot(layer)[1] for layer in self._opened.model.experts.values()), default=0)
+        base = self._tier.allocate(count * stride)
+        self._backend.experts.place_visiting([base + number * stride for number in range(count)])
+
+    def _hold(self, bank: ExpertBank, count: int) -> bool:
+        """Reads experts through the bank's own slots, and copies them to where they stay: the most popular ones.
+
+        Tells whether passes compute the whole bank there, as they do layers of which the device holds all experts.
+        """
+        if not count:
+            return False
+        assert self._tier is not None and self._backend is not None
+        offsets, stride = device_slot(bank.spec.layers[0])
         base = self._tier.allocate(count * stride)
         for layer in bank.spec.layers:
             place = ExpertPlace(base, stride, count, offsets, is_resident=False)
-            self._backend.place_held(layer.layer, place)
+            self._backend.experts.place_held(layer.layer, place)
         chosen = popularity(self._opened.checkpoint.fingerprint)
         keys = sorted(filling_order(bank.spec, in_order=False), key=lambda key: -chosen.get(key, 0))
         for number, key in enumerate(keys[:count]):
             (flight,) = bank.start([key], key.layer, ())
             flight.handle.wait()
             bank.land(flight, passing=False)
-            for matrix, offset in zip(bank.matrices(key), offsets, strict=True):
-                self._tier.copy_in(matrix, base + number * stride + offset).wait()
+            starts = [base + number * stride + offset for offset in offsets]
+            self._tier.copy_parts(list(zip(bank.matrices(key), starts, strict=True))).wait()
             bank.forget(key)
             bank.hold(key, number)
+        return self._complete(bank)
+
+    def _complete(self, bank: ExpertBank) -> bool:
+        """Has passes compute the layers of which all experts are held; tells whether those are all."""
+        assert self._backend is not None
+        if self._config.skip_experts_below:  # what is skipped is decided between a choice and its experts
+            return False
+        complete = True
+        for layer in bank.spec.layers:
+            slots = [bank.slot(ExpertKey(layer.layer, expert)) for expert in range(len(layer.experts))]
+            held = [slot for slot in slots if slot is not None and slot >= HELD]
+            if len(held) == len(slots):
+                self._backend.experts.hold_layer(layer.layer, held)
+            complete &= len(held) == len(slots)
+        return complete
 
     def _pin(self, blocks: list[BlockSpec], plan: Plan, reader: NvmeReader) -> dict[BlockKey, memoryview]:
         if not blocks:
@@ -202,12 +231,6 @@ class DevicePlace:
         table = Residency(lambda _key, _address: None, None, Telemetry())
         table.pin(blocks, slab, reader)
         return {block.key: slab.view(table.pinned[block.key] - slab.address, block.nbytes) for block in blocks}
-
-
-def _device_slot(spec: BankSpec) -> tuple[tuple[int, int, int], int]:
-    """Where the matrices of an expert lie in its place on a device, and the bytes of that."""
-    gate, up, down = (align_up(matrix.nbytes, DEVICE_ALIGNMENT) for matrix in spec.layers[0].experts[0])
-    return (0, gate, gate + up), gate + up + down
 
 
 def less_memory(device: str, plan: Plan) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from offload.bank_plan import DEVICE_ALIGNMENT
 from offload.blocks import Extent
 from offload.models.base import ExpertLayer, Model
 from offload.units import PAGE, align_up
@@ -88,6 +89,12 @@ def expert_banks(model: Model) -> tuple[BankSpec, ...]:
 def expert_nbytes(layer: ExpertLayer) -> int:
     """Bytes of one expert's weights."""
     return sum(matrix.nbytes for matrix in layer.experts[0])
+
+
+def device_slot(layer: ExpertLayer) -> tuple[tuple[int, int, int], int]:
+    """Where the matrices of an expert lie in its place on a device, and the bytes of that."""
+    gate, up, down = (align_up(matrix.nbytes, DEVICE_ALIGNMENT) for matrix in layer.experts[0])
+    return (0, gate, gate + up), gate + up + down
 
 
 def _windows(layer: ExpertLayer) -> tuple[int, int, int]:

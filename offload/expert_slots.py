@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict, deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final, Literal, NamedTuple
 
@@ -51,11 +51,12 @@ class ExpertBank:
     Args:
         slab: memory of at least `num_slots` slots, of which these are resident.
         reserve: how many slots experts may be read ahead into. pack: where their halves are, if there is one.
+        settle: waits until nobody reads what was given up, if that can be; called before slots are read into.
     """
 
     def __init__(
         self, spec: BankSpec, slab: Slab, num_slots: int, reader: Reader, policy: Eviction, reserve: int = 0,
-        pack: Pack | None = None,
+        pack: Pack | None = None, settle: Callable[[], None] | None = None,
     ) -> None:  # fmt: skip
         assert num_slots * spec.stride <= slab.nbytes, (num_slots, spec.stride, slab.nbytes)
         self._most_slots = slab.nbytes // spec.stride
@@ -70,6 +71,7 @@ class ExpertBank:
         self._free = deque(range(num_slots))
         self._resident: dict[ExpertKey, int] = {}
         self._pack = pack
+        self._settle_readers = settle
         self._coarse: set[ExpertKey] = set()
         self._held: dict[ExpertKey, int] = {}
         self._reserved = 0  # slots of the reserve: idle ones, guesses that have arrived, and those on their way
@@ -240,6 +242,8 @@ class ExpertBank:
     ) -> list[Flight]:  # fmt: skip
         flights = [(key, slot, forms.get(key, "whole")) for key, slot in taken]
         try:
+            if flights and self._settle_readers is not None:
+                self._settle_readers()
             handles = self._reader.read_groups([self._group(*flight) for flight in flights], background=background)
         except BaseException:
             source.extend(slot for _, slot in taken)

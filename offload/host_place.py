@@ -38,6 +38,7 @@ class HostMemory:
 
     Attributes:
         pin: registers a slab with a device, and returns what undoes that.
+        settle: waits until no device reads slots of experts any more.
     """
 
     stack: ExitStack
@@ -45,6 +46,7 @@ class HostMemory:
     banks: list[ExpertBank] = field(default_factory=list)
     pack: Pack | None = None
     pin: Callable[[Slab], Callable[[], None] | None] | None = None
+    settle: Callable[[], None] | None = None
 
     def slab(self, nbytes: int, *, huge_pages: bool = True, prefault: bool = True) -> Slab:
         slab = Slab(nbytes, huge_pages=huge_pages, prefault=prefault)
@@ -63,7 +65,7 @@ class HostMemory:
 
     def experts(
         self, model: Model, plan: Plan, config: LoadConfig, backend: Backend, reader: NvmeReader, telemetry: Telemetry,
-        report: Report | None, *, in_pass: bool, hold: Callable[[ExpertBank, int], None] | None = None,
+        report: Report | None, *, in_pass: bool, hold: Callable[[ExpertBank, int], bool] | None = None,
         beside: Governor | None = None,
     ) -> ExpertCache | None:  # fmt: skip
         """Places the banks of experts and fills them.
@@ -72,7 +74,8 @@ class HostMemory:
             in_pass: whether the backend computes experts with the rest of a pass where all are resident; there is then
                 nothing to bring, and None comes back.
             beside: what else is tried while tokens are made.
-            hold: has a device hold experts of each bank for good, given the bank and its number, before it is filled.
+            hold: has a device hold experts of each bank for good, given the bank and its number, before it is filled; tells
+                whether passes compute all of them there.
         """
         guesses = config.prefetch != "off" and routers_stay(model, plan)
         banks: dict[int, ExpertBank] = {}
@@ -84,7 +87,7 @@ class HostMemory:
             slab = self.slab(most * spec.stride, prefault=most == num_slots)
             if most > num_slots:
                 slab.populate(0, align_up(num_slots * spec.stride))
-            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve, self.pack)
+            bank = ExpertBank(spec, slab, num_slots, reader, policy, reserve, self.pack, self.settle)
             self.banks.append(bank)
             before = 0
             for layer in spec.layers:
@@ -97,9 +100,10 @@ class HostMemory:
                 before += len(layer.experts)
                 banks[layer.layer] = bank
             first += filling_order(spec, in_order=is_resident)
-        for number, bank in enumerate(self.banks if hold is not None else ()):
-            assert hold is not None
-            hold(bank, number)
+        in_passes = [
+            in_pass and bank.num_slots == bank.spec.num_experts if hold is None else hold(bank, number)
+            for number, bank in enumerate(self.banks)
+        ]
         banks = {layer: banks[layer] for layer in sorted(banks)}
         largest = max((bank.expert_bytes for bank in plan.demand.banks), default=0)
         prior = pays_at_first(largest, plan.demand.disk_bps)
@@ -108,11 +112,10 @@ class HostMemory:
             banks, backend, reader, telemetry, governor, config.skip_experts_below, config.coarse_experts_below
         )
         cache.fill(first, report)
-        fetched = not in_pass or any(bank.num_slots < bank.spec.num_experts for bank in banks.values())
         if any(bank.reserve for bank in banks.values()):
             self.foresight = Foresight(lookahead=1, width=GUESSED_EXPERTS)
             backend.set_foresight(self.foresight)
-        return cache if fetched and banks else None
+        return None if all(in_passes) else cache
 
 
 def routers_stay(model: Model, plan: Plan) -> bool:

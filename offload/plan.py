@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
-from offload.bank_plan import beside, device_bytes, least_bytes, share_device, share_slots
+from offload.bank_plan import beside, device_bytes, least_bytes, num_visiting, share_device, share_slots, visiting_bytes
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
 from offload.errors import BudgetError
@@ -54,7 +54,7 @@ class Plan:
         link_bytes: that cross to the device for a decoded token. shared_bytes: that the host computes instead, where they
             lie; `host_share` of each matrix in its memory.
         bank_slots: for each bank, how many experts it holds. bank_bytes: memory of all banks.
-        device_slots: for each bank, how many experts the device holds for good. device_bank_bytes: memory of these.
+        device_slots: experts of a bank that the device holds. device_visiting: slots for others. device_bank_bytes: of both.
     """
 
     budget_bytes: int
@@ -75,6 +75,7 @@ class Plan:
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
     device_slots: tuple[int, ...] = ()
+    device_visiting: int = 0
     device_bank_bytes: int = 0
     ctx: int
     trained_ctx: int
@@ -235,7 +236,8 @@ def minimum_budget(demand: Demand) -> int:
 def minimum_device_budget(demand: Demand) -> int:
     """The least number of bytes on the device with which the model runs: everything passes through the smallest ring."""
     assert demand.device_fixed is not None
-    return sum(demand.device_fixed.values()) + _ring(demand, range(len(demand.blocks)), 0.0)
+    ring = _ring(demand, range(len(demand.blocks)), 0.0)
+    return sum(demand.device_fixed.values()) + visiting_bytes(demand.banks, 1) + ring
 
 
 def full_budget(demand: Demand) -> int:
@@ -286,8 +288,8 @@ def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
 
 def _device(demand: Demand, budget: int) -> _Share:
     assert demand.device_fixed is not None
-    everything = frozenset(range(len(demand.blocks)))
-    share = _best(demand, budget - sum(demand.device_fixed.values()), everything)
+    fixed = sum(demand.device_fixed.values()) + visiting_bytes(demand.banks, 1)
+    share = _best(demand, budget - fixed, frozenset(range(len(demand.blocks))))
     if share is not None:
         return share
     minimum = minimum_device_budget(demand)
@@ -359,15 +361,15 @@ def _plan(
     shared = int(host_share * _nbytes(demand, (crossing & demand.shared).difference(host.streamed)))
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
     device_slots: tuple[int, ...] = ()
+    visiting = 0
     if device is not None and device_budget is not None and demand.device_fixed is not None:
         used = sum(demand.device_fixed.values()) + _nbytes(demand, device.pinned) + device.ring
         device_slots = share_device(demand.banks, device_budget - used)
+        visiting = num_visiting(demand.banks, device_budget - used, device_slots)
     bank_slots = beside(demand.banks, share_slots(demand.banks, left), device_slots)
     bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
-    left -= bank_bytes
     # a row of the token table costs one small read a token, so the table is the last thing worth its memory
     table = demand.embedding
-    edges = {"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {})
     return Plan(
         budget_bytes=budget,
         minimum_bytes=minimum_budget(demand),
@@ -381,15 +383,16 @@ def _plan(
         workspace_bytes=demand.fixed["workspace"] + demand.fixed["vectors"],
         base_bytes=demand.fixed["base"],
         margin_bytes=demand.fixed["margin"],
-        embedding_bytes=table.footprint if table and table.footprint <= left else 0,
-        edges=edges,
+        embedding_bytes=table.footprint if table and table.footprint <= left - bank_bytes else 0,
+        edges={"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {}),
         compute_s=demand.compute_s,
         placements=_placements(demand.blocks, host, device),
         borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
         bank_slots=bank_slots,
         bank_bytes=bank_bytes,
         device_slots=device_slots,
-        device_bank_bytes=device_bytes(demand.banks, device_slots),
+        device_visiting=visiting,
+        device_bank_bytes=device_bytes(demand.banks, device_slots, visiting),
         ctx=demand.ctx,
         trained_ctx=demand.trained_ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,

@@ -45,14 +45,17 @@ class Fault:
 
 @pytest.fixture(params=["llama", "olmoe"])
 def load(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Engine]:
-    """Of the dense model, few matrices stay on the device, and the others pass through its ring."""
-    model = tiny_checkpoint(request.param, tmp_path)
+    """Of the dense model, few matrices stay on the device, and the others pass through its ring; of "visitors" 4 experts."""
+    model = tiny_checkpoint("olmoe" if request.param == "visitors" else request.param, tmp_path)
+    if request.param == "visitors":
+        monkeypatch.setattr("offload.plan.share_device", lambda banks, available: (4,))
     if request.param == "llama":
         monkeypatch.setattr("offload.opening.make_plan", split_at(0.5, 0.1))
     return lambda: offload.load(model, ctx=64, kv_type="f32", device="torch:cpu")
 
 
 dense = pytest.mark.parametrize("load", ["llama"], indirect=True)
+copying = pytest.mark.parametrize("load", ["llama", "visitors"], indirect=True)
 
 
 def answer(engine: Engine) -> tuple[int, ...]:
@@ -102,7 +105,7 @@ def test_no_memory_again_and_again_ends_the_engine(load: Callable[[], Engine], n
             answer(engine)
 
 
-@dense
+@copying
 @pytest.mark.parametrize("forever", [False, True], ids=["a copy fails", "the device is gone"])
 def test_a_device_that_fails_ends_the_engine_with_one_line(
     load: Callable[[], Engine], monkeypatch: pytest.MonkeyPatch, forever: bool

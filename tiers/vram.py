@@ -9,6 +9,7 @@ Threads: the driver thread is its only user; handles may be waited for from any 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -73,13 +74,24 @@ class DeviceTier:
         Raises:
             DeviceError: the device has failed.
         """
+        return self.copy_parts([(source, offset)])
+
+    @device_errors
+    def copy_parts(self, parts: Sequence[tuple[memoryview, int]]) -> Handle:
+        """As `copy_in`, of several sources that are one transfer."""
         start_s = time.perf_counter()
-        target = self.view(offset, len(source))
-        host = torch.frombuffer(source, dtype=torch.uint8)
-        handle = self._copy(host, target)
-        self._copied += len(source)
+        handle = self._copy(
+            [(torch.frombuffer(source, dtype=torch.uint8), self.view(offset, len(source))) for source, offset in parts]
+        )
+        self._copied += handle.nbytes
         self._copy_s += time.perf_counter() - start_s
         return handle
+
+    @device_errors
+    def order(self, handle: Handle) -> None:
+        """Kernels that are started from now on see the bytes of one of this tier's copies; waits for nothing itself."""
+        if isinstance(handle, _DeviceHandle):
+            torch.cuda.current_stream(self.device).wait_event(handle.event)
 
     def view(self, offset: int, nbytes: int) -> torch.Tensor:
         """Bytes `[offset, offset + nbytes)` as uint8, without a copy."""
@@ -93,40 +105,47 @@ class DeviceTier:
             copies=EdgeUse(bytes=self._copied, busy_s=self._copy_s),
         )
 
-    def close(self) -> None:
-        """Waits for copies in flight and frees the arena; idempotent. Views still held keep it alive."""
+    def drain(self) -> None:
+        """Waits for copies in flight: their sources may go afterwards."""
         if self._stream is not None:
             with suppress(RuntimeError):  # of a device that is gone: there is nothing to wait for
                 self._stream.synchronize()
+
+    def close(self) -> None:
+        """Waits for copies in flight and frees the arena; idempotent. Views still held keep it alive."""
+        self.drain()
         self._arena = torch.empty(0, dtype=torch.uint8)
         self.capacity_bytes = self._top = 0
 
-    def _copy(self, host: torch.Tensor, target: torch.Tensor) -> Handle:
+    def _copy(self, copies: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Handle:
+        sources = [host for host, _ in copies]
         if self._stream is None:
-            target.copy_(host)
-            return TransferHandle.completed(host.numel())
+            for host, target in copies:
+                target.copy_(host)
+            return TransferHandle.completed(sum(host.numel() for host in sources))
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
-            target.copy_(host, non_blocking=True)
+            for host, target in copies:
+                target.copy_(host, non_blocking=True)
             event = self._stream.record_event()
-        return _DeviceHandle(self.device, host, event)
+        return _DeviceHandle(self.device, sources, event)
 
 
 class _DeviceHandle:
-    """A copy on a stream. Keeps the source alive until it has ended."""
+    """Copies on a stream. Keeps their sources alive until they have ended."""
 
-    def __init__(self, device: torch.device, host: torch.Tensor, event: torch.cuda.Event) -> None:
+    def __init__(self, device: torch.device, sources: Sequence[torch.Tensor], event: torch.cuda.Event) -> None:
         self.device = device
-        self.nbytes = host.numel()
+        self.nbytes = sum(host.numel() for host in sources)
         self.error: Exception | None = None
-        self._host: torch.Tensor | None = host
-        self._event = event
+        self.event = event
+        self._sources: Sequence[torch.Tensor] | None = sources
 
     @device_errors
     def done(self) -> bool:
-        if self._host is not None and self._event.query():  # type: ignore[no-untyped-call]
-            self._host = None
-        return self._host is None
+        if self._sources is not None and self.event.query():  # type: ignore[no-untyped-call]
+            self._sources = None
+        return self._sources is None
 
     def wait(self, cancel: CancelToken | None = None, timeout_s: float = TIMEOUT_S) -> None:
         deadline, pause_s = time.monotonic() + timeout_s, 20e-6

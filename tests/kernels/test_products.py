@@ -3,29 +3,38 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.checkpoints import tiny_checkpoint
 from support.gguf_checkpoints import gguf_checkpoint
 
 import offload
 from offload.elements import element_type
-from offload.kernels.torch.products import DecodedProducts, products_for
+from offload.kernels.torch.products import FEW_TOKENS, DecodedProducts, products_for
 
 pytest.importorskip("triton", reason="triton is for Linux only")
 
-from offload.kernels.triton.products import FEW_TOKENS, TritonProducts
+from offload.kernels.triton.products import TritonProducts
 
 PROMPT = [7 * n % 250 for n in range(FEW_TOKENS + 3)]
 
 
 class Counted(TritonProducts):
-    """Says how many tokens each product had, by type."""
+    """Says how many tokens each product had, by type, and how many experts those had that took several."""
 
     def __init__(self) -> None:
         super().__init__(torch.float32)
         self.seen: list[tuple[str, int]] = []
+        self.chosen: list[int] = []
+
+    def expert_products(self, x, slots, bank, offset, stride, element, shape):
+        self.chosen.append(slots.numel())
+        return super().expert_products(x, slots, bank, offset, stride, element, shape)
 
     def product(self, x, raw, element, shape):
         self.seen.append((element.name, x.shape[0]))
@@ -48,6 +57,70 @@ def test_a_model_says_the_same(family: str, element: str, tmp_path: Path, monkey
     assert np.abs(logits - expected[0]).max() < 1e-4 * np.abs(expected[0]).max()
     assert tokens == expected[1]
     assert {count for name, count in counted.seen if name == element} >= {1, len(PROMPT)}
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2"])
+def test_experts_of_few_tokens_take_three_products_and_give_what_ggml_does(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, counted = tiny_checkpoint(family, tmp_path), Counted()  # float32: ggml computes what is stored
+    tokens = PROMPT[:FEW_TOKENS]
+    with offload.load(model, ctx=64, kv_type="f32") as engine:
+        expected = engine.logits(tokens), engine._stepwise_logits(tokens[:2])
+        layers = list(engine._runner.opened.model.experts.values())
+    monkeypatch.setattr("offload.kernels.torch.backend.products_for", lambda device: counted)
+    with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu") as engine:
+        for count, found, logits in ((len(tokens), engine.logits(tokens), expected[0]),
+                                     (1, engine._stepwise_logits(tokens[:2]), expected[1])):  # fmt: skip
+            assert np.abs(found - logits).max() < 1e-4 * np.abs(logits).max()
+            passes = [layers] if count > 1 else 2 * [layers]
+            launched = [count * layer.num_used for one in passes for layer in one for _ in "gud"]
+            assert counted.chosen[: len(launched)] == launched
+            del counted.chosen[: len(launched)]
+    assert not counted.chosen
+
+
+class Bank(NamedTuple):
+    """Matrices of 10 rows at numbered places, some of which overlap, with noise in between."""
+
+    raw: torch.Tensor
+    starts: list[int]
+
+
+OFFSET, UNIT, SHAPE = 256, 256, (10, 64)
+
+
+def bank_of(name: str) -> Bank:
+    element = element_type(name)
+    random = np.random.default_rng(5)
+    raw = random.integers(0, 256, 64 * UNIT, dtype=np.uint8)
+    nbytes = SHAPE[0] * element.row_bytes(SHAPE[1])
+    starts = [0, 7, 20, 41]
+    for start in starts:
+        numbers = raw[start * UNIT + OFFSET :][:nbytes].reshape(-1, element.block_bytes)
+        numbers[:, :2] = np.full(len(numbers), 0.01 * (start + 1), np.float16)[:, None].view(np.uint8)
+    return Bank(torch.from_numpy(raw), starts)
+
+
+@settings(max_examples=12, deadline=None)
+@given(order=st.lists(st.integers(0, 3), min_size=1, max_size=6), name=st.sampled_from(["Q8_0", "Q4_0", "IQ4_NL"]))
+@pytest.mark.parametrize("products", [DecodedProducts(), TritonProducts(torch.float32)], ids=["decoded", "triton"])
+def test_what_an_expert_returns_depends_on_nothing_beside_it(products, order: list[int], name: str) -> None:
+    """Types with a kernel and without, slots in any order and again, one row for all or one for each."""
+    element, bank = element_type(name), bank_of(name)
+    x = torch.from_numpy(np.random.default_rng(6).standard_normal((len(order), SHAPE[1])).astype(np.float32))
+    slots = torch.tensor([bank.starts[number] for number in order], dtype=torch.int32)
+
+    def product(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        return products.expert_products(rows, slots, bank.raw, OFFSET, UNIT, element, SHAPE)
+
+    together, shared = product(x, slots), product(x[:1], slots)
+    for row, slot in enumerate(slots.tolist()):
+        assert torch.equal(together[row : row + 1], product(x[row : row + 1], slots[row : row + 1]))
+        raw = bank.raw[slot * UNIT + OFFSET :][: SHAPE[0] * element.row_bytes(SHAPE[1])]
+        plain = DecodedProducts().product(x, raw, element, SHAPE)
+        assert torch.allclose(together[row], plain[row], rtol=1e-4, atol=1e-4)
+        assert torch.allclose(shared[row], plain[0], rtol=1e-4, atol=1e-4)
 
 
 def test_without_a_card_matrices_are_decoded() -> None:

@@ -66,8 +66,11 @@ class PlainRunner:
 
     def _compute_experts(self, ops: TorchOps, layer: int) -> None:
         experts = self.model.experts[layer]
-        for number in ops.routed[layer].experts.unique().tolist():
-            ops.expert(experts, number, [partial(multiply, matrix) for matrix in read_expert(experts, number)])
+        routed = ops.routed[layer]
+        for number in routed.experts.unique().tolist():
+            products = [partial(multiply, matrix) for matrix in read_expert(experts, number)]
+            tokens, ranks = torch.where(routed.experts == number)
+            routed.returned[tokens, ranks] = ops.experts(experts, number, routed.x[tokens], products)
 
 
 def multiply(matrix: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

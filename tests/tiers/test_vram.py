@@ -98,8 +98,56 @@ class FakeEvent:
         return self.looks >= self.ready_at
 
 
+class FakeStream:
+    """Writes down what is queued on it, in the order in which the host does so."""
+
+    def __init__(self, name, log):
+        self.name, self.log, self.events = name, log, 0
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.events += 1
+        self.log.append(f"{self.name} records {self.events}")
+        return f"{self.name} {self.events}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def synchronize(self):
+        self.log.append(f"the host waits for {self.name}")
+
+    def __enter__(self):
+        self.log.append("{")
+
+    def __exit__(self, *error):
+        self.log.append("}")
+
+
+def test_kernels_wait_for_copies_and_the_host_does_not(slab, monkeypatch):
+    tier, log = DeviceTier("cpu", MIB), []
+    tier._stream = FakeStream("copies", log)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda device: FakeStream("kernels", log))
+    monkeypatch.setattr("torch.cuda.stream", lambda stream: stream)
+    slab.view(0, 2 * PAGE)[:] = b"\x05" * PAGE + b"\x06" * PAGE
+    first = tier.copy_parts([(slab.view(0, PAGE), PAGE), (slab.view(PAGE, PAGE), 0)])
+    second = tier.copy_in(slab.view(0, PAGE), 2 * PAGE)
+    tier.order(second)
+    tier.order(first)
+    assert log == [
+        "copies waits for kernels", "{", "copies records 1", "}", "copies waits for kernels", "{", "copies records 2", "}",
+        "kernels waits for copies 2", "kernels waits for copies 1",
+    ]  # fmt: skip
+    assert bytes(tier.view(0, 3 * PAGE).numpy()) == b"\x06" * PAGE + b"\x05" * (2 * PAGE)
+    assert (first.nbytes, tier.statistics().copies.bytes) == (2 * PAGE, 3 * PAGE)
+    del log[:]
+    tier.drain()
+    assert log == ["the host waits for copies"]
+
+
 def test_a_device_handle_polls_until_the_event():
-    handle = _DeviceHandle(torch.device("cpu"), torch.zeros(5, dtype=torch.uint8), FakeEvent(4))
+    handle = _DeviceHandle(torch.device("cpu"), [torch.zeros(5, dtype=torch.uint8)], FakeEvent(4))
     assert not handle.done()
     handle.wait()
     assert handle.done() and handle.nbytes == 5
@@ -107,7 +155,7 @@ def test_a_device_handle_polls_until_the_event():
 
 def test_a_device_handle_can_be_cancelled_and_times_out():
     handle, token = (
-        _DeviceHandle(torch.device("cpu"), torch.zeros(5, dtype=torch.uint8), FakeEvent(10**9)),
+        _DeviceHandle(torch.device("cpu"), [torch.zeros(5, dtype=torch.uint8)], FakeEvent(10**9)),
         CancelToken(),
     )
     with pytest.raises(StorageError, match=r"0 of 5 bytes done within 0\.02 s"):

@@ -5,12 +5,10 @@ Matrices stay as stored in the arena; what multiplies by them is `Products`. Cal
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from math import prod
 from time import perf_counter
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,28 +16,19 @@ import torch
 from offload.blocks import BlockKey
 from offload.config import KVType
 from offload.errors import BackendError
-from offload.expert_slots import HELD
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
-from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.torch.cache import TorchCache
+from offload.kernels.torch.experts import Helper, TorchExperts
 from offload.kernels.torch.ops import TorchOps
 from offload.kernels.torch.products import Products, products_for
 from offload.kernels.torch.shared_rows import SharedRows
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
-from offload.processors import Processors, for_device
 from offload.sharing import Sharing
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
 from offload.tiers.device_errors import device_errors
 from offload.tiers.vram import DeviceTier
-
-
-class Helper(NamedTuple):
-    """The host beside the device: what computes experts there, and how fast both are."""
-
-    experts: HostExperts
-    processors: Processors
 
 
 class TorchBackend:
@@ -57,7 +46,6 @@ class TorchBackend:
         products: Products | None = None, helper: Helper | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
-        self._helper = helper
         self._products = products or products_for(tier.device)
         self._model = model
         self._tier = tier
@@ -68,8 +56,8 @@ class TorchBackend:
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
         self._vectors: dict[str, torch.Tensor] = {}
-        self._experts: dict[int, ExpertPlace] = {}
-        self._held: dict[int, ExpertPlace] = {}
+        self.experts = TorchExperts(model, tier, self._products, helper)
+        self._choices: dict[tuple[int, int], Ints] = {}
         self._foresight = Foresight()
         self._cancel: CancelToken | None = None
         self._batches: Sequence[MicroBatch] = ()
@@ -86,7 +74,8 @@ class TorchBackend:
         rows = min(micro_batch, ctx)
         activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
         vectors = 4 * sum(prod(vector.shape) for vector in model.vectors.values())
-        return {"kv": kv, "workspace": 3 * decoded + activations, "vectors": vectors}
+        workspace = 3 * decoded + activations + TorchExperts.workspace_nbytes(model, rows)
+        return {"kv": kv, "workspace": workspace, "vectors": vectors}
 
     @property
     def device(self) -> torch.device:
@@ -99,9 +88,7 @@ class TorchBackend:
 
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
         """See `Backend.place_experts`. They are in host memory: copied to the device when used, or computed there."""
-        self._experts[layer] = place
-        if self._helper is not None:
-            self._helper.experts.place(layer, place)
+        self.experts.place(layer, place)
 
     def place_host_rows(self, name: str, first: int, address: int) -> None:
         """From its row `first` on, a matrix also lies in host memory, there at `address`, and may be computed there."""
@@ -110,23 +97,20 @@ class TorchBackend:
     def set_sharing(self, sharing: Sharing) -> None:
         """Who says whether the host computes beside the device."""
         self._sharing = sharing
-
-    def place_held(self, layer: int, place: ExpertPlace) -> None:
-        """Says where the arena holds experts of a layer for good; `place.address` is an offset into it."""
-        self._held[layer] = place
+        self.experts.set_sharing(sharing)
 
     def set_foresight(self, foresight: Foresight) -> None:
         """See `Backend.set_foresight`."""
         self._foresight = foresight
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
-        """See `Backend.schedule`. A stage with streamed blocks stands alone, experts begin and end a piece; others merge."""
+        """See `Backend.schedule`. One with streamed blocks stands alone; experts not all held cut pieces; others merge."""
         pieces: list[Piece] = []
         self._spans = []
         for index, stage in enumerate(self._model.stages):
             keys = [BlockKey("weight", stage.layer, name) for name in stage.matrices]
             missing = tuple(key for key in keys if key in streamed)
-            if stage.routes or stage.mixes:
+            if (stage.routes or stage.mixes) and not self.experts.in_pass(stage.layer):
                 layer = stage.layer
                 around = {"routes": layer} if stage.routes else {"mixes": layer}
                 pieces.append(Piece(stage.name, len(keys) - len(missing), missing, **around))
@@ -143,8 +127,7 @@ class TorchBackend:
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32."""
-        if self._helper is not None:
-            self._helper.experts.place_vector(name, values)
+        self.experts.place_vector(name, values)
         self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
     @device_errors
@@ -153,6 +136,7 @@ class TorchBackend:
         """See `Backend.begin`."""
         device = self._tier.device
         self._batches = batches
+        self._choices = {}
         self._hidden = list(torch.split(torch.from_numpy(hidden.copy()).to(device), [b.num_tokens for b in batches]))
         self._parts = [[] for _ in batches]
         self._ops = [
@@ -182,6 +166,8 @@ class TorchBackend:
                 looks = self._foresight.looks(self._batches[batch].num_tokens)
                 for ahead, router in enumerate(self._model.routers_behind(stage.layer, looks), 1):
                     router.foresee(self._ops[batch], self._hidden[batch], ahead)
+            if stage.mixes and self.experts.in_pass(stage.layer):
+                self.experts.compute_held(self._ops[batch], stage.layer)
             result = stage.forward(self._ops[batch], self._hidden[batch])
             if stage.layer < 0:
                 self._parts[batch].append(result)
@@ -191,12 +177,13 @@ class TorchBackend:
 
     @device_errors
     def routed(self, batch: int, layer: int) -> Ints:
-        """See `Backend.routed`."""
+        """See `Backend.routed`. Fetched from the device once."""
         experts = self._ops[batch].chosen.get(layer)
         if experts is None:
             return np.empty((0, self._model.experts[layer].num_used), np.int32)
-        chosen: Ints = experts.int().cpu().numpy()
-        return chosen
+        if (batch, layer) not in self._choices:
+            self._choices[batch, layer] = experts.int().cpu().numpy()
+        return self._choices[batch, layer]
 
     @device_errors
     @torch.inference_mode()
@@ -207,6 +194,7 @@ class TorchBackend:
             return 0
         light = routed.weights < below * routed.weights.sum(-1, keepdim=True)
         routed.experts[light] = -1
+        self._choices.pop((batch, layer), None)
         return int(light.sum())
 
     @device_errors
@@ -229,43 +217,8 @@ class TorchBackend:
     def compute_experts(self, batch: int, layer: int, slots: Mapping[int, int]) -> float:
         """See `Backend.compute_experts`."""
         start = perf_counter()
-        chosen = np.empty((0, 0), np.int32) if self._helper is None else self.routed(batch, layer)
-        for_host = self._share(layer, chosen, slots)
-        self._compute_here(batch, layer, {expert: slot for expert, slot in slots.items() if expert not in for_host})
-        if for_host:  # beside what the device has been given
-            self._compute_on_host(batch, layer, chosen, for_host)
+        self.experts.compute(self._ops[batch], layer, self.routed(batch, layer), slots)
         return perf_counter() - start
-
-    def _share(self, layer: int, chosen: Ints, slots: Mapping[int, int]) -> dict[int, int]:
-        """The experts that the host had better compute itself."""
-        slots = {expert: slot for expert, slot in slots.items() if slot < HELD}
-        if self._helper is None or not slots or (self._sharing is not None and not self._sharing.experts):
-            return {}
-        nbytes = sum(matrix.nbytes for matrix in self._model.experts[layer].experts[0])
-        sent = np.bincount(chosen.reshape(-1).clip(0), minlength=max(slots) + 1)
-        costs = [self._helper.processors.costs(nbytes, int(sent[expert])) for expert in slots]
-        here = for_device(costs)
-        return {expert: slot for index, (expert, slot) in enumerate(slots.items()) if index not in here}
-
-    def _compute_on_host(self, batch: int, layer: int, chosen: Ints, slots: Mapping[int, int]) -> None:
-        assert self._helper is not None
-        routed = self._ops[batch].routed[layer]
-        returned = self._helper.experts.compute(layer, routed.x.cpu().numpy(), chosen, slots)
-        tokens, ranks = np.nonzero(np.isin(chosen, list(slots)))
-        places = (torch.from_numpy(tokens).to(self._tier.device), torch.from_numpy(ranks).to(self._tier.device))
-        routed.returned[places] = torch.from_numpy(returned[tokens, ranks]).to(self._tier.device)
-
-    def _compute_here(self, batch: int, layer: int, slots: Mapping[int, int]) -> None:
-        """Computes experts on the device: those that it holds, and copies of others."""
-        experts = self._model.experts[layer]
-        for expert, slot in slots.items():
-            if self._cancel is not None:
-                self._cancel.raise_if_cancelled()
-            products = [
-                self._multiplier(raw, info)
-                for raw, info in zip(self._expert(layer, expert, slot), experts.experts[expert], strict=True)
-            ]
-            self._ops[batch].expert(experts, expert, products)
 
     @device_errors
     def logits(self, batch: int) -> Floats:
@@ -291,25 +244,12 @@ class TorchBackend:
         """See `Backend.set_cancel`."""
         self._cancel = cancel
         self._rows.set_cancel(cancel)
-        if self._helper is not None:
-            self._helper.experts.set_cancel(cancel)
+        self.experts.set_cancel(cancel)
 
     def close(self) -> None:
         """See `Backend.close`."""
         self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
         self._rows.close()
-
-    def _expert(self, layer: int, expert: int, slot: int) -> list[torch.Tensor]:
-        """Gate, up and down as stored, on the device."""
-        place, number = (self._experts[layer], slot) if slot < HELD else (self._held[layer], slot - HELD)
-        view = self._from_host if slot < HELD else self._tier.view
-        start = place.address + number * place.stride
-        matrices = self._model.experts[layer].experts[expert]
-        return [view(start + offset, info.nbytes) for offset, info in zip(place.offsets, matrices, strict=True)]
-
-    def _from_host(self, address: int, nbytes: int) -> torch.Tensor:
-        raw = torch.frombuffer((ctypes.c_uint8 * nbytes).from_address(address), dtype=torch.uint8)
-        return raw.to(self._tier.device)
 
     def _weight(self, name: str) -> torch.Tensor:
         vector = self._vectors.get(name)

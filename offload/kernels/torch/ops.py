@@ -139,22 +139,24 @@ class TorchOps(Ops[torch.Tensor]):
     def mix(self, layer: int) -> torch.Tensor:
         return self.routed.pop(layer).mixed()
 
-    def expert(
-        self, layer: ExpertLayer, number: int, products: Sequence[Callable[[torch.Tensor], torch.Tensor]]
-    ) -> None:
-        """Computes one expert, given by the products with its gate, up and down matrices, for the tokens sent to it."""
+    def experts(
+        self, layer: ExpertLayer, numbers: int | torch.Tensor, x: torch.Tensor,
+        products: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+    ) -> torch.Tensor:  # fmt: skip
+        """What experts return for x, [n, hidden_size].
+
+        Args:
+            numbers: the expert of all rows, or of each, int64 [n].
+            products: with its gate, up and down matrices, or of each row with those of its own.
+        """
         gate, up, down = products
         names = layer.biases or (None, None, None)
         count = len(layer.experts)
         gate_bias, up_bias, down_bias = (
-            None if name is None else self._weights(name).reshape(count, -1)[number] for name in names
+            None if name is None else self._weights(name).reshape(count, -1)[numbers] for name in names
         )
-
-        def compute(x: torch.Tensor) -> torch.Tensor:
-            gated, raised = _biased(gate(x), gate_bias), _biased(up(x), up_bias)
-            return _biased(down(self.glu(gated, raised, layer.activation)), down_bias)
-
-        self.routed[layer.layer].fill(number, compute)
+        gated, raised = _biased(gate(x), gate_bias), _biased(up(x), up_bias)
+        return _biased(down(self.glu(gated, raised, layer.activation)), down_bias)
 
     def output_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._output_rows)

@@ -6,7 +6,7 @@ Legend: matrices are [out_features, in_features] as `x @ matrix.T` wants them, s
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import Protocol
+from typing import Final, Protocol
 
 import torch
 from torch.nn import functional
@@ -14,12 +14,29 @@ from torch.nn import functional
 from offload.elements import ElementType
 from offload.kernels.torch.dequantize import dequantize
 
+FEW_TOKENS: Final = 8
+"""Up to here each token reads the bytes anew, mostly from the card's cache; beyond, values are written once for all."""
+
 
 class Products(Protocol):
     """See the module."""
 
     def product(self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int]) -> torch.Tensor:
         """`x @ matrix.T`, float32 [tokens, out_features], of x float32 [tokens, in_features]."""
+        ...
+
+    def expert_products(
+        self, x: torch.Tensor, slots: torch.Tensor, bank: torch.Tensor, offset: int, stride: int, element: ElementType,
+        shape: tuple[int, int],
+    ) -> torch.Tensor:  # fmt: skip
+        """Each row by a matrix of its own, float32 [chosen, out_features]; a result depends on its own row and slot only.
+
+        Nothing is asked of the host, which may not know the slots.
+
+        Args:
+            x: float32 [chosen, in_features], or [1, in_features] for all of them. slots: int32 [chosen], on the device.
+            bank: uint8, slots of `stride` bytes in which the matrix begins at `offset`; they may overlap.
+        """
         ...
 
     def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
@@ -32,6 +49,21 @@ class DecodedProducts:
 
     def product(self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int]) -> torch.Tensor:
         return functional.linear(x, dequantize(raw, element, shape))
+
+    def expert_products(
+        self, x: torch.Tensor, slots: torch.Tensor, bank: torch.Tensor, offset: int, stride: int, element: ElementType,
+        shape: tuple[int, int],
+    ) -> torch.Tensor:  # fmt: skip
+        nbytes = shape[0] * element.row_bytes(shape[1])
+        count = (bank.numel() - offset - nbytes) // stride + 1
+        matrices = bank.as_strided((count, nbytes), (stride, 1), bank.storage_offset() + offset)
+        rows = x.expand(slots.numel(), -1)
+        return torch.cat(
+            [
+                self.product(rows[i : i + 1], matrices.index_select(0, slots[i : i + 1])[0], element, shape)
+                for i in range(slots.numel())
+            ]
+        )
 
     def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
         return dequantize(raw, element, shape)

@@ -18,7 +18,7 @@ class Routed(NamedTuple):
     Attributes:
         x: [num_tokens, hidden_size], what the experts get.
         experts: int64 [num_tokens, num_used], best first. weights: float32, of the same shape.
-        returned: [num_tokens, num_used, hidden_size], filled expert by expert.
+        returned: [num_tokens, num_used, hidden_size], filled as experts are computed.
     """
 
     x: torch.Tensor
@@ -26,11 +26,9 @@ class Routed(NamedTuple):
     weights: torch.Tensor
     returned: torch.Tensor
 
-    def fill(self, expert: int, compute: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Has one expert compute its tokens."""
-        tokens, ranks = torch.where(self.experts == expert)
-        if len(tokens):
-            self.returned[tokens, ranks] = compute(self.x[tokens])
+    def fill(self, pairs: torch.Tensor, results: torch.Tensor) -> None:
+        """Keeps what was returned for pairs of token and rank, int64 [n] of token * num_used + rank."""
+        self.returned.view(-1, self.returned.shape[-1]).index_copy_(0, pairs, results)
 
     def mixed(self) -> torch.Tensor:
         """The weighted sum, in the order of the choice."""

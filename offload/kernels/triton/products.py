@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 import torch
 from torch.nn import functional
 
 from offload.elements import ElementType
-from offload.kernels.torch.products import DecodedProducts
+from offload.kernels.torch.products import FEW_TOKENS, DecodedProducts
 from offload.kernels.triton import kernels
-
-FEW_TOKENS: Final = 8
-"""Up to here each token reads the bytes anew, mostly from the card's cache; beyond, values are written once for all."""
 
 
 class TritonProducts:
@@ -32,6 +27,14 @@ class TritonProducts:
         if x.shape[0] <= FEW_TOKENS:
             return kernels.product(x, raw, element, shape)
         return functional.linear(x.to(self._dtype), kernels.values(raw, element, shape, self._dtype)).float()
+
+    def expert_products(
+        self, x: torch.Tensor, slots: torch.Tensor, bank: torch.Tensor, offset: int, stride: int, element: ElementType,
+        shape: tuple[int, int],
+    ) -> torch.Tensor:  # fmt: skip
+        if element.name not in kernels.SUPPORTED:
+            return self._decoded.expert_products(x, slots, bank, offset, stride, element, shape)
+        return kernels.expert_products(x, slots, bank, offset, stride, element, shape)
 
     def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
         if element.name not in kernels.SUPPORTED:
