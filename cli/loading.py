@@ -71,7 +71,12 @@ def write_trace(engine: Engine, options: LoadOptions) -> None:
 
 
 def notes(plan: Plan, options: PlanOptions) -> Iterator[str]:
-    """What the user asked for and can have, but hardly meant."""
+    """What the user asked for and can have, but hardly meant; and why a card is not used."""
+    if options.device == "auto" and plan.device_budget_bytes is None:
+        from offload.device_choice import choose_device
+
+        if choose_device().note:
+            yield choose_device().note
     machine = psutil.virtual_memory().total
     if options.ram is not None and plan.budget_bytes > machine:
         yield f"--ram {format_size(plan.budget_bytes)} is more than this machine has ({format_size(machine)})"

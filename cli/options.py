@@ -136,7 +136,12 @@ class PlanOptions:
         ),
     ] = None
     device: Annotated[
-        str, _memory("--device", about="auto, cpu, cuda:0 or torch:cpu. Default: auto.", env="OFFLOAD_DEVICE")
+        str,
+        _memory(
+            "--device",
+            about="auto, cpu, cuda:0 or torch:cpu. Default: auto, a CUDA card where one can be used, else the CPU.",
+            env="OFFLOAD_DEVICE",
+        ),
     ] = "auto"
     threads: Annotated[
         int | None,

@@ -21,6 +21,7 @@ from offload.units import GIB, format_duration, format_rate, format_size, format
 
 if TYPE_CHECKING:
     from offload.plan import Plan
+    from offload.what_if import Improvement
 
 _BAR_WIDTH: Final = 30
 _PARTS: Final = (
@@ -33,6 +34,11 @@ _PARTS: Final = (
     ("program", "base_bytes"),
     ("margin", "margin_bytes"),
 )
+_BOUGHT: Final = {
+    "vram": "One more GiB of VRAM",
+    "ram": "One more GiB of RAM",
+    "disk": "A disk twice as fast",
+}
 
 
 @grouped
@@ -68,6 +74,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "one_more_gib": None
         if more is None
         else {"predicted_tps": more.predicted_tps, "streamed_bytes": more.streamed_bytes},
+        "would_buy": [better._asdict() for better in would_buy(plan)],
         "device_slots": list(plan.device_slots),
         "placements": [{"block": str(p.key), "tier": p.tier, "bytes": p.nbytes} for p in plan.placements],
     }
@@ -76,6 +83,13 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 def one_more(plan: Plan) -> Plan | None:
     """The plan with one more GiB, or None where nothing is read and memory buys nothing."""
     return plan.with_budget(plan.budget_bytes + GIB) if plan.streamed_bytes or plan.missed_bytes else None
+
+
+def would_buy(plan: Plan) -> list[Improvement]:
+    """See `offload.what_if`, which a help text need not wait for."""
+    from offload.what_if import improvements
+
+    return improvements(plan)
 
 
 def show(plan: Plan, console: Console) -> None:
@@ -100,7 +114,7 @@ def verdict(plan: Plan) -> Iterator[str]:
         )
         yield f"Experts are {how}: {format_size(plan.missed_bytes)} missed per token"
     for edge, bandwidth_bps in plan.edges.items():
-        yield f"{edge}: {_moved(plan, bandwidth_bps)}"
+        yield f"{edge}: {_crossing(plan, bandwidth_bps) if edge == 'ram->vram' else _moved(plan, bandwidth_bps)}"
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
     yield f"About {format_speed(plan.predicted_tps)}, bound by {plan.bound} ({times})"
     at_end = plan.predicted_tps_at(plan.ctx)
@@ -109,10 +123,15 @@ def verdict(plan: Plan) -> Iterator[str]:
     if plan.predicted_tps < 1:
         yield f"That is slow, a token every {format_duration(1 / plan.predicted_tps)}, and works"
     yield f"Context {plan.ctx} tokens; a prompt is read in passes of {plan.prefill_tokens_per_pass} tokens"
-    more = one_more(plan)
-    if more is not None:
-        gain = more.predicted_tps / plan.predicted_tps
-        yield f"One more GiB would give about {format_speed(more.predicted_tps)} ({gain:.2f}x)"
+    for what, tps, factor in would_buy(plan):
+        yield f"{_BOUGHT[what]} would give about {format_speed(tps)} ({factor:.2f}x)"
+
+
+def _crossing(plan: Plan, bandwidth_bps: float) -> str:
+    if not plan.link_bytes:
+        return "nothing of the matrices: they stay on the device"
+    shared = f", {format_size(plan.shared_bytes)} are computed by the CPU instead" if plan.shared_bytes else ""
+    return f"{format_size(plan.link_bytes)} per token at {format_rate(bandwidth_bps)}{shared}"
 
 
 def _moved(plan: Plan, bandwidth_bps: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import ceil, prod
 from typing import Final
 
@@ -32,13 +32,15 @@ FETCH_LAYER_S: Final = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """Speeds of the machine in bytes/s: the disk, kernels by element type at batch 1, host memory to the device.
+    """Speeds of the machine in bytes/s: the disk, the CPU's kernels by element type at batch 1, host memory to the device.
 
-    `attention_s` is what one token spends on one cached position of one layer.
+    `device_bps`: the same of a device's kernels; empty where computing happens on the CPU, or that stands in. `attention_s`
+    is what one token spends on one cached position of one layer.
     """
 
     disk_bps: float
     kernel_bps: Mapping[str, float]
+    device_bps: Mapping[str, float] = field(default_factory=dict)
     link_bps: float = 0.0
     attention_s: float = 0.0
 
@@ -242,11 +244,12 @@ def _stage_groups(model: Model) -> tuple[tuple[int, ...], ...]:
 
 def compute_seconds(model: Model, rates: Rates) -> float:
     """Kernel time of one token at the start of a context: every matrix once, at the rate of its type, and its experts."""
-    default = min(rates.kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
+    kernel_bps = rates.device_bps or rates.kernel_bps
+    default = min(kernel_bps.values(), default=DEFAULT_KERNEL_BPS)
     used = [matrix for layer in model.experts.values() for matrix in layer.experts[0] for _ in range(layer.num_used)]
 
     def seconds(matrices: Iterable[TensorInfo]) -> float:
-        return sum(info.nbytes / rates.kernel_bps.get(info.element.name, default) for info in matrices)
+        return sum(info.nbytes / kernel_bps.get(info.element.name, default) for info in matrices)
 
     computing = seconds(model.matrices.values()) + seconds(used) / EXPERT_EFFICIENCY
     return computing + model.config.num_layers * LAYER_OVERHEAD_S

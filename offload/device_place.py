@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from offload.arena import Placed, fill_arena
 from offload.blocks import BlockKey, BlockSpec, ExpertKey
 from offload.config import LoadConfig
 from offload.demand import model_blocks, shareable
@@ -28,6 +29,7 @@ from offload.processors import Processors, rows_on_device
 from offload.residency import Residency
 from offload.sharing import Sharing
 from offload.telemetry import Telemetry
+from offload.tiers.direct import DirectReader, Kvikio, load_kvikio
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
 from offload.tuning import popularity
@@ -50,6 +52,7 @@ class DevicePlace:
         self._vectors: dict[str, Floats] = {}
         self._experts_here: HostExperts | None = None
         self.sharing: Sharing | None = None
+        self._kvikio: Kvikio | None = None
         self.experts: ExpertCache | None = None
 
     @property
@@ -62,6 +65,7 @@ class DevicePlace:
 
         assert self._opened.device is not None
         check_device(self._opened.device)
+        self._kvikio = load_kvikio(self._opened.device)
         shares = self._config.host_compute != "off" and has_second_processor(self._opened.device)
         if self._opened.model.experts and shares:
             self._experts_here = HostExperts(self._opened.model, self._opened.threads)
@@ -163,21 +167,14 @@ class DevicePlace:
         self._backend.experts.finish_copies()
 
     def _fill_arena(self, blocks: list[BlockSpec], reader: NvmeReader) -> None:
-        """Reads blocks into the device's arena through a staging slab of one block."""
-        if not blocks:
-            return
         assert self._tier is not None
         assert self._backend is not None
-        staging = Slab(max(block.footprint for block in blocks), prefault=False)
-        try:
-            for block in blocks:
-                assert block.extent is not None
-                reader.read_extent(block.extent, staging.view(0, block.footprint)).wait()
-                offset = self._tier.allocate(block.nbytes)
-                self._tier.copy_in(staging.view(block.extent.lead, block.nbytes), offset).wait()
-                self._backend.place(block.key, offset)
-        finally:
-            staging.close()
+        placed = [Placed(block, self._tier.allocate(block.nbytes)) for block in blocks]
+        as_they_are = all(reader.file(one.extent.path).descriptor is not None for one in placed)
+        direct = DirectReader(self._kvikio, reader) if self._kvikio is not None and as_they_are else None
+        fill_arena(placed, self._tier, reader, direct, self._register)
+        for block, offset in placed:
+            self._backend.place(block.key, offset)
 
     def _make_room_for_visitors(self, count: int) -> None:
         assert self._tier is not None and self._backend is not None

@@ -59,6 +59,7 @@ def load(
 
     Args:
         ram: bytes for the whole process: "3GiB", a number, "minimum", or None for what the machine has free.
+        device: "auto" is a CUDA card where one can be used, else the CPU; or "cpu", "cuda", "cuda:1", "torch:cpu".
         vram: bytes on the device, for torch devices.
         progress: called as `progress(phase, done, total)` with bytes while weights are read.
         storage: how files are opened; tests inject faults here.

@@ -11,7 +11,7 @@ import json
 import os
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,7 +20,8 @@ from platformdirs import user_cache_path
 from offload.errors import StorageError
 from offload.writing import PRIVATE, beside
 
-_FORMAT: Final = 3
+_FORMAT: Final = 4
+_MAPPINGS: Final = ("disks_bps", "kernel_bps", "links_bps")
 _MEMORY_INFO: Final = Path("/proc/meminfo")
 _CPU_INFO: Final = Path("/proc/cpuinfo")
 
@@ -36,6 +37,7 @@ class MachineProfile:
         kernel_bps: weights that matrix kernels of the CPU take in at batch 1 on all physical cores, by element type;
             empty when not measured.
         measured_at: ISO 8601, UTC.
+        links_bps: copies from host memory to a device, as the engine's memory is copied, by the device's name.
     """
 
     host: str
@@ -43,6 +45,7 @@ class MachineProfile:
     ram_bps: float
     kernel_bps: Mapping[str, float]
     measured_at: str
+    links_bps: Mapping[str, float] = field(default_factory=dict)
 
 
 def host_fingerprint() -> str:
@@ -83,7 +86,7 @@ def save_machine(profile: MachineProfile, path: Path | None = None) -> Path:
         StorageError: the folder cannot be written.
     """
     path = path or profile_path()
-    mappings = {"kernel_bps": dict(profile.kernel_bps), "disks_bps": dict(profile.disks_bps)}
+    mappings = {name: dict(getattr(profile, name)) for name in _MAPPINGS}
     record = {"format": _FORMAT, **asdict(profile), **mappings}
     write_record(path, record)
     return path
@@ -118,7 +121,7 @@ def _memory_total() -> str:
 def _parse(record: Any) -> MachineProfile | None:
     if not isinstance(record, dict) or record.get("format") != _FORMAT:
         return None
-    speeds = [*_values(record.get("disks_bps")), *_values(record.get("kernel_bps"))]
+    speeds = [number for name in _MAPPINGS for number in _values(record.get(name))]
     if not all(isinstance(number, int | float) and 0 < number < 1e15 for number in speeds):
         return None
     ram = record.get("ram_bps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 
 from offload.config import MICRO_BATCH_TOKENS, LoadConfig
 from offload.demand import Demand, make_demand, micro_batch_nbytes
+from offload.device_choice import choose_device
 from offload.elements import element_type
 from offload.errors import BudgetError, UsageError
 from offload.kernels.ggml.cache import cache_nbytes
@@ -29,6 +31,7 @@ from offload.tiers.heap import trim_heap
 from offload.tuning import Tuning, load_tuning
 from offload.units import GIB, MIB, align_up, format_size
 
+_LOG: Final = logging.getLogger("offload")
 DEFAULT_CTX: Final = 4096
 _BASE_STEP: Final = 8 * MIB
 _SMALL_PROBE_BYTES: Final = 24 * MIB  # within the least that any model needs
@@ -101,14 +104,26 @@ def torch_device(config: LoadConfig) -> str | None:
         UsageError: no such device, or a VRAM budget without one.
     """
     name = config.device
-    if name in ("auto", "cpu"):
+    if name == "auto":
+        return _automatic(config)
+    if name == "cpu":
         if config.vram is not None:
-            raise UsageError(f"vram: device {name!r} computes in host memory; choose --device cuda or torch:cpu")
+            raise UsageError("vram: device 'cpu' computes in host memory; choose --device cuda or torch:cpu")
         return None
     device = name.removeprefix("torch:")
     if device != "cpu" and not device.startswith("cuda"):
         raise UsageError(f"device {name!r}: choose auto, cpu, cuda, cuda:0 or torch:cpu")
     return device
+
+
+def _automatic(config: LoadConfig) -> str | None:
+    choice = choose_device()
+    if choice.device is None and config.vram is not None:
+        reason = choice.note or "--device auto finds no card"
+        raise UsageError(f"vram: {reason}; leave --vram out, or choose --device torch:cpu")
+    if choice.note:
+        _LOG.info("%s", choice.note)
+    return choice.device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

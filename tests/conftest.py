@@ -7,6 +7,7 @@ import pytest
 from support.demo import demo_model
 
 from offload.machine import MachineProfile, device_id, host_fingerprint
+from offload.tiers.cuda_driver import Cards
 
 if not Path("/dev/nvidia0").exists():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by whichever test is first
@@ -27,3 +28,9 @@ def _known_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("offload.rates.load_machine", lambda: profile)
     monkeypatch.setattr("offload.rates.save_machine", lambda _: None)
+
+
+@pytest.fixture(autouse=True)
+def _no_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is the CPU in tests, on every machine; those marked `gpu` name their device."""
+    monkeypatch.setattr("offload.device_choice.find_cards", lambda: Cards(0))

@@ -24,6 +24,7 @@ MAY_HOLD_TORCH = (
     "offload.kernels.torch",
     "offload.kernels.triton",
     "offload.tiers.device_errors",
+    "offload.tiers.link",
     "offload.tiers.pinned",
     "offload.tiers.vram",
 )

@@ -10,13 +10,14 @@ import pytest
 from support.checkpoints import tiny_checkpoint
 
 from offload.config import LoadConfig
+from offload.demand import compute_seconds, dense_rate
 from offload.elements import F16, ElementType
 from offload.errors import StorageError
 from offload.machine import MachineProfile, load_machine, save_machine
 from offload.opening import Opened, open_model
-from offload.rates import default_threads, machine_rates
+from offload.rates import HOST_COPY_BPS, default_threads, machine_rates
 
-KERNEL_BPS, DISK_BPS, REMEMBERED_BPS = 3e9, 2e9, 7e9
+KERNEL_BPS, DISK_BPS, REMEMBERED_BPS, LINK_BPS = 3e9, 2e9, 7e9, 24e9
 
 
 @pytest.fixture(scope="module")
@@ -43,10 +44,10 @@ class Home:
         self.probes[element.name] += 1
         return KERNEL_BPS
 
-    def rates(self, opened: Opened, threads: int | None = None):
+    def rates(self, opened: Opened, threads: int | None = None, device: str | None = None):
         """Rates, and what was probed for them."""
         self.probes.clear()
-        made = machine_rates(opened.checkpoint, opened.model, F16, threads or default_threads())
+        made = machine_rates(opened.checkpoint, opened.model, F16, threads or default_threads(), device=device)
         return made, dict(self.probes)
 
 
@@ -90,3 +91,29 @@ def test_a_home_that_cannot_be_written_costs_a_probe_and_no_load(home: Home, ope
     for _ in range(2):
         rates, probed = home.rates(opened)
         assert probed["disk"] == 1 and rates.disk_bps == DISK_BPS
+
+
+def test_a_link_is_probed_once_for_each_card_and_the_cpu_has_none(home: Home, opened: Opened) -> None:
+    home.patch.setattr("offload.tiers.link.measure_link", lambda device: home.probes.update([device]) or LINK_BPS)
+    home.patch.setattr(
+        "offload.tiers.link.device_name", lambda device: {"cuda": "A", "cuda:0": "A", "cuda:1": "B"}[device]
+    )
+    home.patch.setattr(
+        "offload.kernels.torch.probe.measure_products", lambda device, names, rows: [(name, 3e11) for name in names]
+    )
+    found = [home.rates(opened, device=device) for device in ("cuda", "cuda:0", "cuda:1", "cuda:1")]
+    for on_card in (rates for rates, _ in found):
+        assert set(on_card.device_bps.values()) == {3e11} and on_card.device_bps.keys() == on_card.kernel_bps.keys()
+        on_host = replace(on_card, device_bps={})
+        assert compute_seconds(opened.model, on_card) < compute_seconds(opened.model, on_host)
+        assert dense_rate(opened.model, on_card) == dense_rate(opened.model, on_host) == pytest.approx(KERNEL_BPS)
+    assert [rates.link_bps for rates, _ in found] == [LINK_BPS] * 4
+    assert [probed.get("cuda", 0) + probed.get("cuda:0", 0) + probed.get("cuda:1", 0) for _, probed in found] == [
+        1,
+        0,
+        1,
+        0,
+    ]
+    assert saved(home).links_bps == {"A": LINK_BPS, "B": LINK_BPS} and len(saved(home).disks_bps) == 1
+    rates, _ = home.rates(opened, device="cpu")
+    assert rates.link_bps == HOST_COPY_BPS and not rates.device_bps and set(saved(home).links_bps) == {"A", "B"}

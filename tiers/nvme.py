@@ -16,7 +16,7 @@ from offload.results import EdgeUse
 from offload.tiers.base import TIMEOUT_S, Group, OnRead, TransferHandle
 from offload.tiers.checked import check_inside, check_unchanged, open_all
 from offload.tiers.engines import make_engine
-from offload.tiers.files import Storage
+from offload.tiers.files import File, Storage
 from offload.tiers.requests import Piece, RequestQueue
 from offload.units import PAGE
 
@@ -97,6 +97,10 @@ class NvmeReader:
             StorageError: no request ended for `timeout_s`.
         """
         self._queue.drain(timeout_s)
+
+    def file(self, path: Path) -> File:
+        """One of the files, for who reads it in another way."""
+        return self._files[path]
 
     def check_files(self) -> None:
         """

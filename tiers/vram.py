@@ -19,7 +19,7 @@ from offload.errors import AllocationError, StorageError
 from offload.results import EdgeUse
 from offload.tiers.base import POLL_S, TIMEOUT_S, CancelToken, Handle, TransferHandle
 from offload.tiers.device_errors import device_errors
-from offload.units import MIB, PAGE, align_up, format_size
+from offload.units import PAGE, align_up, format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,24 +158,6 @@ class _DeviceHandle:
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, POLL_S)
-
-
-def measure_copies(device: str, nbytes: int = 64 * MIB, repetitions: int = 4) -> float:
-    """Bytes per second of copies from pageable host memory to the device, which is what models are read into.
-
-    Raises:
-        AllocationError: the device has no such room.
-    """
-    tier = DeviceTier(device, nbytes)
-    source = memoryview(bytearray(nbytes))
-    try:
-        tier.copy_in(source, 0).wait()  # the first one finds the device asleep
-        start_s = time.perf_counter()
-        for _ in range(repetitions):
-            tier.copy_in(source, 0).wait()
-        return repetitions * nbytes / (time.perf_counter() - start_s)
-    finally:
-        tier.close()
 
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:

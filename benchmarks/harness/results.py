@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from datetime import date
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -17,6 +17,7 @@ import psutil
 from offload.units import format_size
 
 ROOT = Path(__file__).parents[2]
+PACKAGES = ("llama-cpp-python", "torch", "transformers", "accelerate", "triton")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
@@ -34,9 +35,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def write(name: str, body: str, *, folder: Path = RESULTS) -> Path:
     """Writes `YYYY-MM-DD_<name>.md` with hardware, versions, commit and the command line above `body`."""
-    versions = ", ".join(
-        f"{package} {version(package)}" for package in ("llama-cpp-python", "torch", "transformers", "accelerate")
-    )
+    versions = ", ".join(f"{package} {_version(package)}" for package in PACKAGES)
     text = f"""# {name}, {date.today().isoformat()}
 
 - hardware: {hardware()}
@@ -49,6 +48,13 @@ def write(name: str, body: str, *, folder: Path = RESULTS) -> Path:
     path = folder / f"{date.today().isoformat()}_{name}.md"
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "missing"
 
 
 def _processor() -> str:

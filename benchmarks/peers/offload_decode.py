@@ -16,7 +16,8 @@ VOCAB_SIZE = 49152  # the demo model's vocabulary, which every synthetic model h
 
 def main() -> None:
     options = argument_parser(__doc__).parse_args()
-    with offload.load(options.model, ram=options.memory or None, ctx=options.ctx, threads=options.threads) as engine:
+    memory = options.memory or None
+    with offload.load(options.model, device="cpu", ram=memory, ctx=options.ctx, threads=options.threads) as engine:
         tokens, settings = prompt(options, VOCAB_SIZE), {"temperature": 0, "ignore_eos": True}
         first = done = engine.generate(tokens, max_tokens=(options.warm_up or options.tokens) + 1, **settings)
         if options.warm_up:

@@ -16,6 +16,7 @@ def profile():
         ram_bps=20e9,
         kernel_bps={"Q4_K": 16.6e9},
         measured_at="2026-11-21T00:00:00",
+        links_bps={"Card 5090": 50e9},
     )
 
 
@@ -42,6 +43,8 @@ def test_the_profile_of_another_machine_is_ignored(profile, tmp_path):
         {"kernel_bps": [1]},
         {"kernel_bps": {"Q4_K": -1}},
         {"measured_at": 7},
+        {"links_bps": None},
+        {"links_bps": {"Card 5090": -1}},
     ],
 )
 def test_a_record_that_cannot_be_is_no_profile(profile, tmp_path, change):

@@ -43,13 +43,15 @@ def test_a_streamed_plan_is_drawn_with_its_price_and_what_a_gib_would_buy(demand
     assert "disk, streamed" in text and "memory, pinned" in text
     assert "bound by disk" in text and "That is slow" in text
     more = plan.with_budget(plan.budget_bytes + GIB)
-    assert f"One more GiB would give about {format_speed(more.predicted_tps)}" in text
+    factor = more.predicted_tps / plan.predicted_tps
+    assert f"One more GiB of RAM would give about {format_speed(more.predicted_tps)} ({factor:.2f}x)" in text
+    assert "A disk twice as fast would give about" in text and "VRAM" not in text
 
 
 def test_a_resident_plan_streams_nothing_and_sells_nothing(demand):
     plan = make_plan(demand, 8 * GIB)
     text = drawn(plan)
-    assert one_more(plan) is None and "One more GiB" not in text and "disk, streamed" not in text
+    assert one_more(plan) is None and "would give" not in text and "disk, streamed" not in text
     assert "nothing: all that tokens need stays in memory" in text and "5.00 tokens/s, bound by compute" in text
 
 
@@ -81,6 +83,7 @@ def test_json_adds_up(demand):
     tiers = {placement["tier"] for placement in found["placements"]}
     assert tiers == {"ram", "nvme"} and sum(p["bytes"] for p in found["placements"]) == plan.model_bytes
     assert found["one_more_gib"]["streamed_bytes"] < found["streamed_bytes"] == plan.streamed_bytes
+    assert [better["what"] for better in found["would_buy"]] == ["ram", "disk"]
     assert found["predicted_tps"] == plan.predicted_tps and found["bound"] == "disk"
 
 
@@ -99,7 +102,9 @@ def test_the_command_plans_without_loading(invoke, engine_module, model):
             "host_compute": "auto",
         }
     ]
-    assert json.loads(invoke("plan", model, "--json").stdout)["one_more_gib"]["predicted_tps"] == 2.0
+    found = json.loads(invoke("plan", model, "--json").stdout)
+    assert found["one_more_gib"]["predicted_tps"] == 2.0
+    assert found["would_buy"] == [{"what": "ram", "predicted_tps": 2.0, "factor": 4.0}]
 
 
 def test_a_budget_below_the_minimum_is_bad_usage(invoke, engine_module, model):

@@ -21,6 +21,13 @@ RESIDENCY = {"ram": TierUse(bytes=GIB, hit_rate=0.25)}
 
 
 @dataclass(frozen=True)
+class FakeDemand:
+    """What of `offload.demand.Demand` is asked for."""
+
+    disk_bps: float = 1.5e9
+
+
+@dataclass(frozen=True)
 class FakePlan:
     """The fields of `offload.plan.Plan`."""
 
@@ -48,6 +55,7 @@ class FakePlan:
     device_slots: tuple[int, ...] = ()
     missed_bytes: int = 0
     prefill_tokens_per_pass: int = 512
+    demand: FakeDemand = field(default_factory=lambda: FakeDemand())
     placements: tuple[Any, ...] = (
         SimpleNamespace(key=BlockKey("weight", 0, "blk.0.ffn_up.weight"), tier="ram", nbytes=GIB),
         SimpleNamespace(key=BlockKey("weight", 1, "blk.1.ffn_up.weight"), tier="nvme", nbytes=3 * GIB),
