@@ -14,7 +14,7 @@ from offload.expert_cache import ExpertCache
 from offload.expert_slots import ExpertBank
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
-from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
+from offload.kernels.ggml.cache import bucket_nbytes, buckets_of, cache_nbytes, num_tables
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened
@@ -154,8 +154,7 @@ class HostPlace:
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
         needs = self.backend.reserve()
         kv = cache_nbytes(model, ctx, self._config.kv_type)
-        buckets = bucket_nbytes(model, self._config.kv_type)
-        whole_pages = all(nbytes % PAGE == 0 for nbytes in buckets)
+        whole_pages = bucket_nbytes(model, self._config.kv_type) % PAGE == 0
         return Footprint(
             in_parts=True,
             kv_bytes=kv,
@@ -197,15 +196,11 @@ class HostPlace:
         return IdleMemory(CacheMemory(self._cache, self._cache_ranges, KV_BUCKET), self.backend.release_prompt)
 
     def _cache_ranges(self, first: int, last: int) -> list[Range]:
-        """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tensors."""
-        model = self._opened.model
-        sizes = bucket_nbytes(model, self._config.kv_type)
-        buckets = align_up(self._opened.ctx, KV_BUCKET) // KV_BUCKET
-        ranges, start = [], 0
-        for nbytes in sizes * model.config.num_layers:
-            ranges.append(Range(start + first * nbytes, (last - first) * nbytes))
-            start += buckets * nbytes
-        return ranges
+        """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tables."""
+        nbytes = bucket_nbytes(self._opened.model, self._config.kv_type)
+        table = buckets_of(self._opened.ctx) * nbytes
+        starts = range(0, num_tables(self._opened.model) * table, table)
+        return [Range(start + first * nbytes, (last - first) * nbytes) for start in starts]
 
     @property
     def banks(self) -> Sequence[ExpertBank]:

@@ -123,7 +123,7 @@ class Runner:
         if device is None or self.scheduler.observer is not None:
             return False
         layers = range(self.opened.model.config.num_layers)
-        rows = [self.backend.cached_rows(layer, positions) for layer in layers] if positions else []
+        rows = [self.backend.cached_rows(layer, 0, positions) for layer in layers] if positions else []
         self._read_before = self.disk_use
         self._stack.close()
         less = less_memory(device, plan)
@@ -139,7 +139,7 @@ class Runner:
                 f"{device}: out of memory, and it could not be loaded anew ({error}); {_REMEDY}"
             ) from error
         for layer, stored in zip(layers, rows, strict=False):
-            self.backend.restore_rows(layer, stored)
+            self.backend.restore_rows(layer, 0, stored)
         return True
 
     def close(self) -> None:

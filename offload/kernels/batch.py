@@ -154,12 +154,15 @@ class Backend(Protocol):
         """Logits of the batch's outputs after the last piece, [num_outputs, vocab_size] float32, a copy."""
         ...
 
-    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
-        """What the KV cache holds of a layer's first positions, [positions, bytes of a row] for each tensor: copies."""
+    def cached_rows(self, layer: int, start: int, stop: int) -> Bytes:
+        """What the KV cache holds of a layer's positions `[start, stop)`, [num_kv_heads, positions, bytes of a row], a copy.
+
+        A row is the head's key and, where values are kept, its value behind it, in the cache's element type.
+        """
         ...
 
-    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
-        """Puts back what `cached_rows` gave, from position 0 on."""
+    def restore_rows(self, layer: int, start: int, rows: Bytes) -> None:
+        """Puts back what `cached_rows` gave, here or in another backend for the same model and type."""
         ...
 
     def set_cancel(self, cancel: CancelToken | None) -> None:

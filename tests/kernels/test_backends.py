@@ -238,9 +238,10 @@ def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
     driven, other = make(kind, kv_type=kv_type), make(kind, kv_type=kv_type)
     *_, expected = map(driven.forward, (MicroBatch(0, 40), step := MicroBatch(40, 1, (0,))))
     for layer in range(LAYERS):
-        rows = driven.backend.cached_rows(layer, 40)
-        assert [stored.shape for stored in rows] == [(40, 2 * 32 * nbytes)] * 2
-        other.backend.restore_rows(layer, rows)
+        for start, stop in ((0, 25), (25, 40)):
+            rows = driven.backend.cached_rows(layer, start, stop)
+            assert rows.shape == (2, stop - start, 2 * 32 * nbytes)  # heads, positions, key and value
+            other.backend.restore_rows(layer, start, rows)
     driven.forward(MicroBatch(0, 40))  # what was given is a copy
     assert np.array_equal(other.forward(step), expected)
 
@@ -306,12 +307,12 @@ def test_what_was_reserved_is_enough_for_every_later_graph(make: Make) -> None:
 @pytest.mark.parametrize(("kv_type", "nbytes"), [("f16", 2), ("f32", 4)])
 def test_the_cache_lies_where_it_was_put_table_by_table_and_can_move(make: Make, kv_type: KVType, nbytes: int) -> None:
     driven = make(Host, kv_type=kv_type)
-    bucket = 256 * 2 * 32 * nbytes  # tokens, heads, features of a head
-    assert bucket_nbytes(driven.model, kv_type) == (bucket, bucket)
-    assert cache_nbytes(driven.model, 256, kv_type) == 2 * LAYERS * bucket
-    assert cache_nbytes(driven.model, 257, kv_type) == driven.cache.nbytes == 2 * LAYERS * 2 * bucket
+    bucket = 256 * 2 * 32 * nbytes  # tokens, key and value, features of a head
+    assert bucket_nbytes(driven.model, kv_type) == bucket
+    assert cache_nbytes(driven.model, 256, kv_type) == LAYERS * 2 * bucket  # heads
+    assert cache_nbytes(driven.model, 257, kv_type) == driven.cache.nbytes == LAYERS * 2 * 2 * bucket
     driven.forward(MicroBatch(0, 40))
-    rows = driven.cache.reshape(2 * LAYERS, 2 * 256, bucket // 256)
+    rows = driven.cache.reshape(LAYERS * 2, 2 * 256, bucket // 256)
     assert rows[:, :40].any(-1).all() and not rows[:, 40:].any()
     expected = driven.forward(step := MicroBatch(40, 1, (0,)))
     moved = aligned(driven.cache.nbytes)

@@ -65,7 +65,7 @@ class Kernels(Leaves):
             weight={name: self.leaf(context, values) for name, values in WEIGHTS.items()}.__getitem__,
             out_features=lambda name: WEIGHTS[name].shape[0],
             on_linear=lambda *told: self.products.append(told),
-            kv=[KVTensors(*(self.leaf(context, cache) for cache in pair), pair[0].itemsize) for pair in pairs],
+            kv=[KVTensors(*(self.leaf(context, cache) for cache in pair), *pair[0].strides[1::-1]) for pair in pairs],
             inputs=GraphInputs(
                 *(self.leaf(context, array) for array in (inputs.positions, inputs.rows, inputs.outputs)),
                 masks={window: self.leaf(context, inputs.masks[window])},
@@ -214,7 +214,7 @@ def test_attention_over_cache_and_batch(
     """Batches of every size that ggml has a kernel for, across a bucket, in the second of two layers."""
     attention = Attention(layer=1, scale=0.4, window=window, softcap=softcap)
     kind = {F32: np.float32, F16: np.float16}[element]
-    caches = {name: [np.zeros((CTX, KV_HEADS * DIM), kind) for _ in range(2)] for name in ("key", "value")}
+    caches = {name: [np.zeros((KV_HEADS, CTX, DIM), kind) for _ in range(2)] for name in ("key", "value")}
     bounds = (0, 5, 6, 100, 101, 300, 301)
     query, keys, values = (random(bounds[-1], heads * DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
     stored = [past.astype(kind).reshape(-1, KV_HEADS, DIM) for past in (keys, values)]
@@ -230,5 +230,5 @@ def test_attention_over_cache_and_batch(
         past = [array[:stop] for array in stored]
         near(result, attended(rows, *past, start, attention), *TOLERANCE[element])
     for cache, expected in zip((caches["key"], caches["value"]), stored, strict=True):
-        assert np.array_equal(cache[1][: bounds[-1]], expected.reshape(-1, KV_HEADS * DIM))
-        assert not cache[1][bounds[-1] :].any() and not cache[0].any()
+        assert np.array_equal(cache[1][:, : bounds[-1]], expected.swapaxes(0, 1))
+        assert not cache[1][:, bounds[-1] :].any() and not cache[0].any()

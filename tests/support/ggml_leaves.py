@@ -30,9 +30,7 @@ class Leaves:
         """A tensor that lies where the array does."""
         assert array.flags.c_contiguous
         kind = {"f4": F32.ggml_id, "f2": F16.ggml_id, "i4": I32, "i8": I64}[array.dtype.str[1:]]
-        columns, rows = array.shape[-1], array.size // array.shape[-1]
-        shape = (rows,) if array.ndim > 1 else ()
-        make = self.lib.ggml_new_tensor_2d if shape else self.lib.ggml_new_tensor_1d
-        tensor: int = make(context, kind, columns, *shape)
+        make = getattr(self.lib, f"ggml_new_tensor_{array.ndim}d")
+        tensor: int = make(context, kind, *reversed(array.shape))
         self.anchor(tensor).value = array.ctypes.data
         return tensor

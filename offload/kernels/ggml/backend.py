@@ -198,14 +198,14 @@ class GgmlBackend:
             start += width
         return result
 
-    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+    def cached_rows(self, layer: int, start: int, stop: int) -> Bytes:
         """See `Backend.cached_rows`."""
-        return tuple(view.copy() for view in self._cache.rows(layer, positions))
+        rows: Bytes = self._cache.rows(layer, start, stop).copy()
+        return rows
 
-    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
+    def restore_rows(self, layer: int, start: int, rows: Bytes) -> None:
         """See `Backend.restore_rows`."""
-        for view, stored in zip(self._cache.rows(layer, len(rows[0])), rows, strict=True):
-            view[:] = stored
+        self._cache.rows(layer, start, start + rows.shape[1])[:] = rows
 
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`. ggml looks between the nodes of a graph."""

@@ -1,12 +1,16 @@
-"""The KV cache as ggml tensors: for every layer a table of positions for keys, and one for values where they are kept.
+"""The KV cache as ggml tensors: for every layer and head of it a table of positions; in a row the key, then the value.
 
-Holds no memory: the tensors are pointed at what `place` is given.
+    layer 0   head 0   [ k v | k v | k v ...   ctx rows ]
+              head 1   [ k v | k v | k v ...            ]
+    layer 1   ...
+
+Attention of a head reads one run of memory, and its positions are one run of a file. Where values are the leading features
+of keys, rows are keys. Holds no memory: the tensors are pointed at what `place` is given.
 """
 
 from __future__ import annotations
 
 import ctypes
-from itertools import cycle
 
 import numpy as np
 
@@ -29,38 +33,42 @@ class KVCache:
 
     def __init__(self, library: Library, anchor: Anchor, model: Model, ctx: int, kv_type: KVType) -> None:
         self._lib = library
-        count = model.config.num_layers * len(model.config.cache_widths)
+        config, element = model.config, element_type(kv_type.upper())
+        self._heads, self._rows = config.num_kv_heads, buckets_of(ctx) * KV_BUCKET
+        self._row_nbytes = row_nbytes(model, kv_type)
+        count = config.num_layers * len(config.cache_dims)
         self._context = library.context((count + 1) * library.ggml_tensor_overhead())
-        self._buckets = buckets_of(ctx)
-        self._sizes = bucket_nbytes(model, kv_type)
-        self._cells: list[ctypes.c_uint64] = []
+        self._cells: list[list[ctypes.c_uint64]] = []
+        self._starts = [0, element.row_bytes(config.cache_dims[0])][: len(config.cache_dims)]  # of each in a row
         self.layers: list[KVTensors] = []
-        element = element_type(kv_type.upper())
-        for _ in range(model.config.num_layers):
+        table = self._rows * self._row_nbytes
+        for _ in range(config.num_layers):
             tensors = [
-                library.ggml_new_tensor_2d(self._context, element.ggml_id, width, self._buckets * KV_BUCKET)
-                for width in model.config.cache_widths
+                library.ggml_new_tensor_3d(self._context, element.ggml_id, dims, self._rows, self._heads)
+                for dims in config.cache_dims
             ]
-            self.layers.append(KVTensors(tensors[0], tensors[1] if len(tensors) > 1 else None, element.block_bytes))
-            self._cells += [anchor(tensor) for tensor in tensors]
+            self._cells.append([anchor(tensor) for tensor in tensors])
+            for tensor in tensors:
+                library.set_strides(tensor, self._row_nbytes, table, self._heads)
+            value = tensors[1] if len(tensors) > 1 else None
+            self.layers.append(KVTensors(tensors[0], value, self._row_nbytes, table))
 
     def place(self, address: int) -> None:
         """Puts the cache at `address`: page-aligned, `cache_nbytes` long, zeroed (masked keys are still multiplied).
 
         Before the first pass: graphs hold the address.
         """
-        for cell, nbytes in zip(self._cells, cycle(self._sizes), strict=False):
-            cell.value = address
-            address += self._buckets * nbytes
+        for cells in self._cells:
+            for cell, start in zip(cells, self._starts, strict=True):
+                cell.value = address + start
+            address += self._heads * self._rows * self._row_nbytes
 
-    def rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
-        """The first positions of a layer as stored, [positions, bytes of a row] for each tensor: views."""
-        views, count = [], len(self._sizes)
-        for cell, nbytes in zip(self._cells[layer * count :], self._sizes, strict=False):
-            width = nbytes // KV_BUCKET
-            memory = (ctypes.c_uint8 * (positions * width)).from_address(cell.value)
-            views.append(np.ctypeslib.as_array(memory).reshape(positions, width))
-        return tuple(views)
+    def rows(self, layer: int, start: int, stop: int) -> Bytes:
+        """Positions `[start, stop)` of a layer as stored, [num_kv_heads, positions, bytes of a row]: a view."""
+        nbytes = self._heads * self._rows * self._row_nbytes
+        memory = (ctypes.c_uint8 * nbytes).from_address(self._cells[layer][0].value)
+        table = np.ctypeslib.as_array(memory).reshape(self._heads, self._rows, self._row_nbytes)
+        return table[:, start:stop]
 
     def close(self) -> None:
         """Frees the tensors' descriptions."""
@@ -68,16 +76,25 @@ class KVCache:
 
 
 def cache_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
-    """Bytes of the cache for `ctx` tokens (rounded up to the KV bucket): key, then value of every layer."""
-    return model.config.num_layers * buckets_of(ctx) * sum(bucket_nbytes(model, kv_type))
+    """Bytes of the cache for `ctx` tokens (rounded up to the KV bucket)."""
+    return num_tables(model) * buckets_of(ctx) * bucket_nbytes(model, kv_type)
 
 
-def bucket_nbytes(model: Model, kv_type: KVType) -> tuple[int, ...]:
-    """Bytes of one bucket of each tensor of one layer: of the keys, and of the values where they are kept."""
-    each = element_type(kv_type.upper()).block_bytes
-    return tuple(KV_BUCKET * width * each for width in model.config.cache_widths)
+def num_tables(model: Model) -> int:
+    """One for each head of each layer."""
+    return model.config.num_layers * model.config.num_kv_heads
+
+
+def bucket_nbytes(model: Model, kv_type: KVType) -> int:
+    """Bytes of one bucket of a table."""
+    return KV_BUCKET * row_nbytes(model, kv_type)
+
+
+def row_nbytes(model: Model, kv_type: KVType) -> int:
+    """Bytes of a position of one head: of its key, and of its value where values are kept."""
+    return sum(element_type(kv_type.upper()).row_bytes(dims) for dims in model.config.cache_dims)
 
 
 def buckets_of(ctx: int) -> int:
-    """Buckets of a cache for `ctx` tokens."""
+    """Buckets of a table for `ctx` tokens."""
     return align_up(ctx, KV_BUCKET) // KV_BUCKET

@@ -225,6 +225,11 @@ class Library:
         strides = (c_uint64 * 4).from_address(tensor + self.strides_offset)
         strides[2], strides[3] = stride, stride * count
 
+    def set_strides(self, tensor: int, row: int, matrix: int, count: int) -> None:
+        """Lets the rows of a tensor's `count` matrices lie `row` bytes apart, and the matrices `matrix` bytes."""
+        strides = (c_uint64 * 4).from_address(tensor + self.strides_offset)
+        strides[1], strides[2], strides[3] = row, matrix, matrix * count
+
     def gated_unit(self, context: int, gate: int, up: int, activation: Activation) -> int:
         """`Ops.glu` of two tensors, as a node."""
         if activation == "swiglu_oai":

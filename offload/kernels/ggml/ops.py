@@ -26,14 +26,15 @@ class Node(NamedTuple):
 
 
 class KVTensors(NamedTuple):
-    """Key and value cache of a layer, each [ctx, features of all heads] of one element type.
+    """Key and value cache of a layer, each [num_kv_heads, ctx, features of a head], and how far apart rows and heads lie.
 
     `value` is None where values are the leading features of keys.
     """
 
     key: int
     value: int | None
-    element_nbytes: int
+    row_nbytes: int
+    head_nbytes: int
 
 
 class GraphInputs(NamedTuple):
@@ -217,10 +218,8 @@ class GgmlOps:
         tensor = lib.ggml_flash_attn_ext(
             ctx,
             lib.ggml_permute(ctx, query.tensor, 0, 2, 1, 3),
-            self._cached(cache.key, key, key.shape[-1], cache.element_nbytes),
-            self._cached(cache.key, key, dim, cache.element_nbytes)
-            if cache.value is None
-            else self._cached(cache.value, value, dim, cache.element_nbytes),
+            self._cached(cache, cache.key, key.shape),
+            self._cached(cache, cache.key if cache.value is None else cache.value, value.shape),
             self._inputs.masks[attention.window],
             attention.scale,
             0.0,  # no ALiBi
@@ -293,19 +292,15 @@ class GgmlOps:
         return self._dense(tensor, (self._num_outputs, x.shape[1]))
 
     def _store(self, cache: int, fresh: Node) -> None:
-        num_tokens, num_heads, dim = fresh.shape
-        if fresh.row_nbytes != num_heads * dim * FLOAT_BYTES:  # heads that are slices of wider ones
-            fresh = self._dense(self._lib.ggml_cont(self._ctx, fresh.tensor), fresh.shape)
-        flat = self._lib.ggml_view_2d(self._ctx, fresh.tensor, num_heads * dim, num_tokens, fresh.row_nbytes, 0)
-        stored = self._lib.ggml_set_rows(self._ctx, cache, flat, self._inputs.rows)
+        by_head = self._lib.ggml_permute(self._ctx, fresh.tensor, 0, 2, 1, 3)
+        stored = self._lib.ggml_set_rows(self._ctx, cache, by_head, self._inputs.rows)
         self._lib.ggml_build_forward_expand(self._graph, stored)  # before the attention node that reads the cache
 
-    def _cached(self, cache: int, fresh: Node, dim: int, element_nbytes: int) -> int:
-        """The leading `dim` features of the cache as [num_kv_heads, kv_length, dim], a view."""
-        _, num_heads, features = fresh.shape
-        head_nbytes = features * element_nbytes
+    def _cached(self, cache: KVTensors, tensor: int, shape: tuple[int, ...]) -> int:
+        """The leading features of a cache's positions as [num_kv_heads, kv_length, dim], a view."""
+        _, num_heads, dim = shape
         view: int = self._lib.ggml_view_3d(
-            self._ctx, cache, dim, self._kv_length, num_heads, head_nbytes * num_heads, head_nbytes, 0
+            self._ctx, tensor, dim, self._kv_length, num_heads, cache.row_nbytes, cache.head_nbytes, 0
         )
         return view
 

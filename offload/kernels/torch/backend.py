@@ -229,16 +229,19 @@ class TorchBackend:
         return rows
 
     @device_errors
-    def cached_rows(self, layer: int, positions: int) -> tuple[Bytes, ...]:
+    def cached_rows(self, layer: int, start: int, stop: int) -> Bytes:
         """See `Backend.cached_rows`."""
-        views = self._cache.rows(layer, positions)
-        return tuple(view.cpu().flatten(1).view(torch.uint8).numpy().copy() for view in views)
+        rows = torch.cat([view.cpu() for view in self._cache.rows(layer, start, stop)], dim=-1)
+        stored: Bytes = rows.transpose(0, 1).contiguous().view(torch.uint8).numpy()
+        return stored
 
     @device_errors
-    def restore_rows(self, layer: int, rows: Sequence[Bytes]) -> None:
+    def restore_rows(self, layer: int, start: int, rows: Bytes) -> None:
         """See `Backend.restore_rows`."""
-        for view, stored in zip(self._cache.rows(layer, len(rows[0])), rows, strict=True):
-            view.copy_(torch.from_numpy(stored).view(view.dtype).view(view.shape))
+        views = self._cache.rows(layer, start, start + rows.shape[1])
+        stored = torch.from_numpy(np.ascontiguousarray(rows)).view(views[0].dtype).transpose(0, 1)
+        for view, part in zip(views, torch.split(stored, [view.shape[-1] for view in views], dim=-1), strict=True):
+            view.copy_(part)
 
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`."""

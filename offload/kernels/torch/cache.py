@@ -31,9 +31,9 @@ class TorchCache:
         for kept, fresh in zip(self._kept, (key, value), strict=False):
             kept[layer, positions] = fresh.to(kept.dtype)
 
-    def rows(self, layer: int, positions: int) -> tuple[torch.Tensor, ...]:
-        """The first positions as stored, [positions, num_kv_heads, features] for each tensor: views."""
-        return tuple(kept[layer, :positions] for kept in self._kept)
+    def rows(self, layer: int, start: int, stop: int) -> tuple[torch.Tensor, ...]:
+        """Positions `[start, stop)` as stored, [positions, num_kv_heads, features] for each tensor: views."""
+        return tuple(kept[layer, start:stop] for kept in self._kept)
 
     def load(self, layer: int, length: int, value_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Key and value of positions 0 to length - 1, float32 [length, num_kv_heads, features]."""
