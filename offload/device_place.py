@@ -71,8 +71,9 @@ class DevicePlace:
             self._experts_here = HostExperts(self._opened.model, self._opened.threads)
             self._stack.callback(self._experts_here.close)
         fixed = TorchBackend.device_nbytes(
-            self._opened.model, self._opened.ctx, self._config.kv_type, micro_batch_tokens(self._opened)
-        )
+            self._opened.model, self._opened.ctx, self._config.kv_type, micro_batch_tokens(self._opened),
+            self._opened.device,
+        )  # fmt: skip
         budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
         workspace = 0 if self._experts_here is None else self._experts_here.nbytes
         if shares:

@@ -335,7 +335,7 @@ def test_a_kernel_that_fails_is_an_error(make: Make, monkeypatch: pytest.MonkeyP
 
 def test_torch_tells_what_it_takes_beside_the_matrices(make: Make) -> None:
     driven = make(Device, "qwen2", "f16")
-    needs = TorchBackend.device_nbytes(driven.model, CTX, "f16", MICRO_BATCH_TOKENS)
+    needs = TorchBackend.device_nbytes(driven.model, CTX, "f16", MICRO_BATCH_TOKENS, "cpu")
     assert needs["kv"] == driven.backend._cache.nbytes == 2 * LAYERS * CTX * 2 * 32 * 2
     assert needs["vectors"] == sum(vector.nbytes for vector in driven.backend._vectors.values()) > 0
 

@@ -9,8 +9,10 @@ import torch
 from support.ropes import ropes
 
 from offload.kernels.ops import Attention
+from offload.kernels.torch.attention import attend
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.ops import TorchOps
+from offload.kernels.torch.positions import Positions
 
 TOKENS, HEADS, KV_HEADS, DIM = 5, 4, 2, 8
 GENERATOR = torch.Generator().manual_seed(3)
@@ -37,7 +39,7 @@ def new_cache(dtype: torch.dtype = torch.float32) -> TorchCache:
 
 
 def new_ops(start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> TorchOps:
-    positions = torch.arange(start, start + num_tokens)
+    positions = Positions(torch.arange(start, start + num_tokens), start + num_tokens)
     return TorchOps(WEIGHTS.__getitem__, cache or new_cache(), positions, torch.tensor([3, 1]))
 
 
@@ -130,6 +132,29 @@ def test_attention_over_cache_and_batch(window: int | None, softcap: float | Non
         mixed = ops.attention(query[rows], keys[rows], values[rows], attention)
         expected = naive_attention(query[rows], keys, values, start, attention)
         torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+KINDS = [
+    pytest.param(Attention(layer=0, scale=0.4, **kind), id=str(kind))  # type: ignore[arg-type]
+    for kind in ({}, {"window": 7}, {"softcap": 0.7}, {"sinks": "sinks"}, {"window": 7, "sinks": "sinks"})
+]
+
+
+@pytest.mark.parametrize("attention", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_what_a_mask_hides_adds_nothing(attention: Attention, dtype: torch.dtype, tolerance: float) -> None:
+    """A token at position 9 of tensors for 256: no bit depends on what lies behind, and no value on how long they are."""
+    length, sinks, seen = 256, random(HEADS) if attention.sinks else None, []
+    query, past = random(1, HEADS, DIM), random(2, length, KV_HEADS, DIM).to(dtype)
+    for behind in (0.0, 60000.0, -60000.0):
+        past[:, 10:] = behind
+        seen.append(
+            attend(query, *past, Positions(torch.tensor([9]), length, dtype).mask(attention.window), attention, sinks)
+        )
+    assert seen[0].dtype == torch.float32 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
+    short = Positions(torch.tensor([9]), 10).mask(attention.window)
+    expected = attend(query, *past[:, :10].float(), short, attention, sinks)
+    torch.testing.assert_close(seen[0], expected, atol=tolerance, rtol=tolerance)
 
 
 def test_layers_do_not_share_their_past() -> None:

@@ -12,6 +12,7 @@ from offload.blocks import Extent
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.dequantize import dequantize
 from offload.kernels.torch.ops import TorchOps
+from offload.kernels.torch.positions import Positions
 from offload.models.base import ExpertLayer, Model, Vector
 from offload.models.checkpoint.base import TensorInfo
 from offload.unpacking import unpack
@@ -53,7 +54,7 @@ class PlainRunner:
 
     def logits(self, tokens: list[int], start: int = 0, rows: list[int] | None = None) -> torch.Tensor:
         """Logits of `rows` of the batch (all of them by default), which begins at position `start`."""
-        positions = torch.arange(start, start + len(tokens))
+        positions = Positions(torch.arange(start, start + len(tokens)), start + len(tokens))
         output_rows = torch.arange(len(tokens)) if rows is None else torch.tensor(rows)
         ops = TorchOps(self.weights.__getitem__, self.cache, positions, output_rows)
         x = self.embedding[tokens] * self.model.config.embedding_scale

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from functools import partial
 from math import prod
 from time import perf_counter
 
@@ -19,9 +20,12 @@ from offload.errors import BackendError
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.experts import Helper, TorchExperts
+from offload.kernels.torch.graphs import Graphs, Recorder, recorder_for
 from offload.kernels.torch.ops import TorchOps
+from offload.kernels.torch.positions import Positions
 from offload.kernels.torch.products import Products, products_for
 from offload.kernels.torch.shared_rows import SharedRows
+from offload.kernels.torch.token import TokenOps, graph_nbytes, kv_length
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.sharing import Sharing
@@ -37,17 +41,19 @@ class TorchBackend:
     Args:
         products: what multiplies; left out, what suits the device.
         helper: the host as second processor, for experts; left out, all are copied to the device.
+        recorder: of what a token's pieces ask of the device; left out, what the device has, which may be nothing.
     """
 
     name = "torch"
 
     def __init__(
         self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType,
-        products: Products | None = None, helper: Helper | None = None,
+        products: Products | None = None, helper: Helper | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
         self._products = products or products_for(tier.device)
         self._model = model
+        self._ctx = ctx
         self._tier = tier
         config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
         self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtype, tier.device)
@@ -55,6 +61,10 @@ class TorchBackend:
         self._sharing: Sharing | None = None
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
+        self._streamed: frozenset[str] = frozenset()
+        self._pieces: list[Piece] = []
+        self._graphs = Graphs(recorder or recorder_for(tier.device))
+        self._token: TokenOps | None = None
         self._vectors: dict[str, torch.Tensor] = {}
         self.experts = TorchExperts(model, tier, self._products, helper)
         self._choices: dict[tuple[int, int], Ints] = {}
@@ -63,19 +73,22 @@ class TorchBackend:
         self._batches: Sequence[MicroBatch] = ()
         self._ops: list[TorchOps] = []
         self._hidden: list[torch.Tensor] = []
-        self._parts: list[list[torch.Tensor]] = []
+        self._parts: list[dict[int, torch.Tensor]] = []
 
     @staticmethod
-    def device_nbytes(model: Model, ctx: int, kv_type: KVType, micro_batch: int) -> dict[str, int]:
-        """Bytes on the device beside the matrices, by purpose: the KV cache, and an upper bound of the temporaries."""
+    def device_nbytes(model: Model, ctx: int, kv_type: KVType, micro_batch: int, device: str) -> dict[str, int]:
+        """Bytes on the device beside the matrices, by purpose: the KV cache, and upper bounds of the temporaries."""
         config = model.config
         kv = config.num_layers * ctx * sum(config.cache_widths) * (2 if kv_type == "f16" else 4)
         decoded = 4 * max(info.num_elements for info in model.matrices.values())
         rows = min(micro_batch, ctx)
         activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
         vectors = 4 * sum(prod(vector.shape) for vector in model.vectors.values())
-        workspace = 3 * decoded + activations + TorchExperts.workspace_nbytes(model, rows)
-        return {"kv": kv, "workspace": workspace, "vectors": vectors}
+        past = 8 * ctx * sum(config.cache_widths)  # of a layer, in float32, where no fused kernel takes it as stored
+        workspace = 3 * decoded + activations + past + TorchExperts.workspace_nbytes(model, rows)
+        target = torch.device(device)
+        graphs = graph_nbytes(model, ctx, products_for(target)) if target.type == "cuda" else 0
+        return {"kv": kv, "workspace": workspace, "graphs": graphs, "vectors": vectors}
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +97,8 @@ class TorchBackend:
 
     def place(self, key: BlockKey, address: int) -> None:
         """A matrix now starts at this offset of the arena."""
+        if key.name not in self._streamed and self._offsets.get(key.name) != address:
+            self._graphs.forget()
         self._offsets[key.name] = address
 
     def place_experts(self, layer: int, place: ExpertPlace) -> None:
@@ -104,76 +119,113 @@ class TorchBackend:
         self._foresight = foresight
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
-        """See `Backend.schedule`. One with streamed blocks stands alone; experts not all held cut pieces; others merge."""
+        """See `Backend.schedule`. A stage with streamed blocks stands alone; others merge, from a mix to a router.
+
+        Layers whose experts are all held cut nothing.
+        """
         pieces: list[Piece] = []
         self._spans = []
+        self._streamed = frozenset(key.name for key in streamed)
+        self._graphs.forget()
         for index, stage in enumerate(self._model.stages):
             keys = [BlockKey("weight", stage.layer, name) for name in stage.matrices]
             missing = tuple(key for key in keys if key in streamed)
-            if (stage.routes or stage.mixes) and not self.experts.in_pass(stage.layer):
-                layer = stage.layer
-                around = {"routes": layer} if stage.routes else {"mixes": layer}
-                pieces.append(Piece(stage.name, len(keys) - len(missing), missing, **around))
-                self._spans.append(range(index, index + 1))
-            elif pieces and not missing and not pieces[-1].streamed and pieces[-1].routes is None:
+            cut = stage.layer if not self.experts.in_pass(stage.layer) else None
+            routes, mixes = (cut if is_cut else None for is_cut in (stage.routes, stage.mixes))
+            if pieces and not (missing or pieces[-1].streamed or pieces[-1].routes is not None):
                 first = self._spans[-1].start
                 name, pinned = f"{self._model.stages[first].name} .. {stage.name}", pieces[-1].pinned + len(keys)
-                pieces[-1] = pieces[-1]._replace(name=name, pinned=pinned)
+                pieces[-1] = pieces[-1]._replace(name=name, pinned=pinned, routes=routes)
                 self._spans[-1] = range(first, index + 1)
             else:
-                pieces.append(Piece(stage.name, len(keys) - len(missing), missing))
+                pieces.append(Piece(stage.name, len(keys) - len(missing), missing, mixes, routes))
                 self._spans.append(range(index, index + 1))
+        self._pieces = pieces
         return pieces
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32."""
         self.experts.place_vector(name, values)
+        self._graphs.forget()
+        self._token = None
         self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
     @device_errors
     @torch.inference_mode()
     def begin(self, batches: Sequence[MicroBatch], hidden: Floats) -> None:
         """See `Backend.begin`."""
-        device = self._tier.device
         self._batches = batches
         self._choices = {}
-        self._hidden = list(torch.split(torch.from_numpy(hidden.copy()).to(device), [b.num_tokens for b in batches]))
-        self._parts = [[] for _ in batches]
+        embedded = torch.from_numpy(hidden.copy())
+        if len(batches) == 1 and batches[0].num_tokens == 1 and batches[0].outputs == (0,):
+            return self._begin_token(batches[0].start, embedded)
+        device = self._tier.device
+        self._hidden = list(torch.split(embedded.to(device), [batch.num_tokens for batch in batches]))
+        self._parts = [{} for _ in batches]
         self._ops = [
             TorchOps(
                 self._weight,
                 self._cache,
-                torch.arange(batch.start, batch.start + batch.num_tokens, device=device),
+                self._positions(batch),
                 torch.tensor(batch.outputs or (0,), dtype=torch.int64, device=device),
                 self._product,
             )
             for batch in batches
         ]
+        return None
+
+    def _positions(self, batch: MicroBatch) -> Positions:
+        """A single token is computed by the same kernels whatever pass it is in."""
+        at = torch.arange(batch.start, batch.kv_length, device=self._tier.device)
+        length = batch.kv_length if batch.num_tokens > 1 else kv_length(batch.start, self._ctx)
+        return Positions(at, length, self._cache.loads)
+
+    def _begin_token(self, position: int, embedded: torch.Tensor) -> None:
+        """Starts a pass over one token, whose pieces run as graphs where none of their blocks has to arrive."""
+        if self._token is None:
+            self._token = TokenOps(self._weight, self._cache, self._ctx, self._tier.device, self._product)
+        token = self._token
+        self._hidden, self._ops, self._parts = [token.begin(position, embedded)], [token], [token.logits]
+        positions = token.positions
+        self._graphs.run(f"positions {positions.known}", positions.length, positions.refresh)
 
     @device_errors
     @torch.inference_mode()
     def run(self, piece: int, batch: int) -> float:
-        """See `Backend.run`. Looks at the cancel token between stages; torch's own dispatch counts as kernels."""
+        """See `Backend.run`. Looks at the cancel token between stages, or graphs; torch's own dispatch counts as kernels."""
         start = perf_counter()
+        self._look()
+        work = partial(self._advance, self._spans[piece], batch)
+        token = self._token
+        if token is None or self._ops[batch] is not token or self._pieces[piece].streamed:
+            work()
+        else:
+            self._graphs.run(self._pieces[piece].name, token.positions.length, work)
+        return perf_counter() - start
+
+    def _advance(self, span: range, batch: int) -> None:
+        """Takes a micro-batch through some stages, up to those that nobody wants."""
+        ops, hidden, stages = self._ops[batch], self._hidden[batch], self._model.stages
         wanted = bool(self._batches[batch].outputs)
-        for index in self._spans[piece]:
-            if index >= self._model.first_output_stage and not wanted:
-                break
-            if self._cancel is not None:
-                self._cancel.raise_if_cancelled()
-            stage = self._model.stages[index]
+        for index in span if wanted else range(span.start, min(span.stop, self._model.first_output_stage)):
+            self._look()
+            stage = stages[index]
             if stage.routes:
                 looks = self._foresight.looks(self._batches[batch].num_tokens)
                 for ahead, router in enumerate(self._model.routers_behind(stage.layer, looks), 1):
-                    router.foresee(self._ops[batch], self._hidden[batch], ahead)
+                    router.foresee(ops, hidden, ahead)
             if stage.mixes and self.experts.in_pass(stage.layer):
-                self.experts.compute_held(self._ops[batch], stage.layer)
-            result = stage.forward(self._ops[batch], self._hidden[batch])
+                self.experts.compute_held(ops, stage.layer)
+            result = stage.forward(ops, hidden)
             if stage.layer < 0:
-                self._parts[batch].append(result)
+                self._parts[batch][index] = ops.keep(("logits", index), result)
             else:
-                self._hidden[batch] = result
-        return perf_counter() - start
+                hidden = result
+        self._hidden[batch] = ops.keep("hidden", hidden)
+
+    def _look(self) -> None:
+        if self._cancel is not None:
+            self._cancel.raise_if_cancelled()
 
     @device_errors
     def routed(self, batch: int, layer: int) -> Ints:
@@ -225,7 +277,7 @@ class TorchBackend:
         """See `Backend.logits`."""
         if not self._batches[batch].outputs:
             return np.empty((0, self._model.config.vocab_size), np.float32)
-        rows: Floats = torch.cat(self._parts[batch], dim=-1).cpu().numpy()
+        rows: Floats = torch.cat(list(self._parts[batch].values()), dim=-1).cpu().numpy()
         return rows
 
     @device_errors
@@ -251,7 +303,8 @@ class TorchBackend:
 
     def close(self) -> None:
         """See `Backend.close`."""
-        self._ops, self._hidden, self._parts, self._vectors = [], [], [], {}
+        self._graphs.forget()
+        self._ops, self._hidden, self._parts, self._vectors, self._token = [], [], [], {}, None
         self._rows.close()
 
     def _weight(self, name: str) -> torch.Tensor:

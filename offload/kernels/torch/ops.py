@@ -5,7 +5,7 @@ Knows no quantization (weights arrive as float32) and no graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -13,7 +13,9 @@ import torch
 from torch.nn import functional
 
 from offload.kernels.ops import SWIGLU_ALPHA, SWIGLU_LIMIT, Activation, Attention, Ops, Rope, Routing
+from offload.kernels.torch.attention import attend
 from offload.kernels.torch.cache import TorchCache
+from offload.kernels.torch.positions import Positions
 from offload.kernels.torch.routing import Routed, Weights, choose, rank
 from offload.models.base import ExpertLayer
 
@@ -31,7 +33,7 @@ class TorchOps(Ops[torch.Tensor]):
         weights: gives a matrix [out_features, in_features] or a vector by name, float32.
         product: multiplies by a matrix, `product(x, name)`; left out, its values are multiplied.
         cache: holds the positions before those of the batch; the batch's own are added to it.
-        positions: int64 [num_tokens]; all from 0 to the largest must be in the cache or in the batch.
+        positions: where the tokens stand; all from 0 to the largest must be in the cache or in the batch.
         output_rows: int64, rows of the batch whose logits are asked for.
 
     Attributes:
@@ -40,7 +42,7 @@ class TorchOps(Ops[torch.Tensor]):
     """
 
     def __init__(
-        self, weights: Weights, cache: TorchCache, positions: torch.Tensor, output_rows: torch.Tensor,
+        self, weights: Weights, cache: TorchCache, positions: Positions, output_rows: torch.Tensor,
         product: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
     ) -> None:  # fmt: skip
         self._weights = weights
@@ -48,9 +50,6 @@ class TorchOps(Ops[torch.Tensor]):
         self._cache = cache
         self._positions = positions
         self._output_rows = output_rows
-        self._length = int(positions.max()) + 1
-        self._rotations: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._masks: dict[int | None, torch.Tensor] = {}
         self.routed: dict[int, Routed] = {}
         self.chosen: dict[int, torch.Tensor] = {}
         self.foreseen: dict[tuple[int, int], torch.Tensor] = {}
@@ -88,7 +87,7 @@ class TorchOps(Ops[torch.Tensor]):
         return x.flatten(1)
 
     def rope(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        cos, sin = self._rotation(rope)
+        cos, sin = self._positions.rotation(rope, self._weights)
         rotated, rest = x[..., : rope.dims], x[..., rope.dims :]
         if rope.interleaved:
             first, second = rotated[..., 0::2], rotated[..., 1::2]
@@ -101,24 +100,10 @@ class TorchOps(Ops[torch.Tensor]):
     def attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
-        self._cache.store(attention.layer, self._positions, key, value)
-        keys, values = self._cache.load(attention.layer, self._length, value.shape[-1])
-        group = query.shape[1] // keys.shape[1]
-        q = query.transpose(0, 1)
-        k, v = (past.transpose(0, 1).repeat_interleave(group, dim=0) for past in (keys, values))
-        mask = self._mask(attention.window)
-        if attention.softcap is None and attention.sinks is None:
-            mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
-        else:
-            scores = q @ k.transpose(1, 2) * attention.scale
-            if attention.softcap is not None:
-                scores = self.softcap(scores, attention.softcap)
-            scores = scores.masked_fill(~mask, -torch.inf)
-            if attention.sinks is not None:
-                sinks = self._weights(attention.sinks)[:, None, None].expand(-1, scores.shape[1], 1)
-                scores = torch.cat((scores, sinks), dim=-1)
-            mixed = scores.softmax(-1)[..., : v.shape[1]] @ v
-        return mixed.transpose(0, 1).flatten(1)
+        self._cache.store(attention.layer, self._positions.at, key, value)
+        keys, values = self._cache.load(attention.layer, self._positions.length, value.shape[-1])
+        sinks = None if attention.sinks is None else self._weights(attention.sinks)
+        return attend(query, keys, values, self._positions.mask(attention.window), attention, sinks)
 
     def glu(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
         if activation == "swiglu_oai":
@@ -130,11 +115,13 @@ class TorchOps(Ops[torch.Tensor]):
         return x * gate.sigmoid()
 
     def route(self, x: torch.Tensor, routing: Routing) -> None:
-        self.routed[routing.layer] = choose(x, routing, self._weights)
+        routed = choose(x, routing, self._weights)._asdict()
+        self.routed[routing.layer] = Routed(**{name: self.keep((name, routing.layer), routed[name]) for name in routed})
         self.chosen[routing.layer] = self.routed[routing.layer].experts
 
     def foresee(self, x: torch.Tensor, routing: Routing, ahead: int) -> None:
-        self.foreseen[routing.layer, ahead] = rank(x, routing, self._weights)
+        ranked = rank(x, routing, self._weights)
+        self.foreseen[routing.layer, ahead] = self.keep(("foreseen", routing.layer, ahead), ranked)
 
     def mix(self, layer: int) -> torch.Tensor:
         return self.routed.pop(layer).mixed()
@@ -161,24 +148,9 @@ class TorchOps(Ops[torch.Tensor]):
     def output_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._output_rows)
 
-    def _rotation(self, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cosine and sine of every position and frequency, [num_tokens, 1, dims / 2]; the same for all layers."""
-        if rope not in self._rotations:
-            exponents = torch.arange(0, rope.dims, 2, dtype=torch.float32, device=self._positions.device) / rope.dims
-            frequencies = rope.frequency_scale / rope.theta**exponents
-            if rope.factors is not None:
-                frequencies = frequencies / self._weights(rope.factors)
-            angles = self._positions[:, None, None].float() * frequencies
-            self._rotations[rope] = angles.cos() * rope.magnitude, angles.sin() * rope.magnitude
-        return self._rotations[rope]
-
-    def _mask(self, window: int | None) -> torch.Tensor:
-        """True where a query [num_tokens] sees a key [length]; the same for all layers of one window."""
-        if window not in self._masks:
-            distance = self._positions[:, None] - torch.arange(self._length, device=self._positions.device)
-            seen = distance >= 0
-            self._masks[window] = seen if window is None else seen & (distance < window)
-        return self._masks[window]
+    def keep(self, _name: Hashable, value: torch.Tensor) -> torch.Tensor:
+        """What is read after the run of stages that computed it, by the next one or by the host."""
+        return value
 
 
 def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -43,6 +43,10 @@ class Products(Protocol):
         """What is stored, float32."""
         ...
 
+    def decodes(self, element: ElementType, /) -> bool:
+        """Whether the product of one token has all values written out first."""
+        ...
+
 
 class DecodedProducts:
     """Decodes in plain torch operations, on any device."""
@@ -67,6 +71,9 @@ class DecodedProducts:
 
     def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
         return dequantize(raw, element, shape)
+
+    def decodes(self, _element: ElementType) -> bool:
+        return True
 
 
 def products_for(device: torch.device) -> Products:

@@ -40,3 +40,6 @@ class TritonProducts:
         if element.name not in kernels.SUPPORTED:
             return self._decoded.values(raw, element, shape)
         return kernels.values(raw, element, shape)
+
+    def decodes(self, element: ElementType) -> bool:
+        return element.name not in kernels.SUPPORTED
