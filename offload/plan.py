@@ -11,15 +11,16 @@ hold streamed blocks, on loan. The plan counts them where they belong; a loan ma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from math import inf
+from typing import Final, Literal
 
 from offload.bank_plan import beside, device_bytes, least_bytes, share_device, share_slots
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
+from offload.shares import NOTHING, Share, leanest, nbytes, ring_bytes, roomiest
 from offload.units import MIB, align_down, format_size
 
 DEFAULT_DISK_BPS: Final = 1.0e9
@@ -30,7 +31,6 @@ EXPERT_OVERLAP_COST: Final = 0.5
 """The same where experts are read: which ones is known late, so half of the shorter one is not overlapped. Measured with 94%
 of guesses right, at a third and at two thirds of the experts in memory."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
-RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,8 +173,7 @@ class Plan:
 
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""
-        link_s = self.link_bytes / self.demand.link_bps if self.link_bytes else 0.0
-        return max(self.streamed_bytes_at(position) / self.demand.disk_bps, link_s)
+        return moving_s(self.demand, self.link_bytes, self.streamed_bytes_at(position))
 
     @property
     def stream_s(self) -> float:
@@ -222,7 +221,7 @@ def minimum_budget(demand: Demand) -> int:
     A model so small that the ring would be larger than itself is pinned instead.
     """
     everything = sum(block.footprint for block in demand.blocks)
-    streamed = min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
+    streamed = min(everything, ring_bytes(demand, range(len(demand.blocks)), 0.0))
     return sum(demand.fixed.values()) + streamed + least_bytes(demand.banks)
 
 
@@ -242,111 +241,83 @@ def make_plan(demand: Demand, budget_bytes: int, device_budget_bytes: int | None
     Raises:
         BudgetError: a budget is below what the model needs.
     """
-    everything = frozenset(range(len(demand.blocks)))
     if demand.device_fixed is None:
-        return _plan(demand, budget_bytes, _host(demand, budget_bytes, everything))
+        return _plan(demand, budget_bytes, _host(demand, budget_bytes))
     assert device_budget_bytes is not None, "a demand on a device needs a device budget"
-    on_device = _device(demand, device_budget_bytes)
-    below = _host(demand, budget_bytes, frozenset(on_device.streamed))
+    on_device, below = _both(demand, budget_bytes, device_budget_bytes)
     return _plan(demand, budget_bytes, below, on_device, device_budget_bytes)
 
 
-class _Share(NamedTuple):
-    """One tier's part: its pinned blocks, those that pass through its ring, first chosen first, and the ring's bytes."""
-
-    pinned: frozenset[int]
-    streamed: tuple[int, ...]
-    ring: int
-
-
-def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
-    share = _best(demand, budget - sum(demand.fixed.values()) - least_bytes(demand.banks), members)
-    if share is not None:
-        return share
-    minimum = minimum_budget(demand)
-    raise BudgetError(
-        f"--ram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"{format_size(minimum)} ({minimum} bytes) would do: raise --ram or lower --ctx",
-        budget_bytes=budget,
-        minimum_bytes=minimum,
-    )
+def _host(demand: Demand, budget: int) -> Share:
+    """The roomiest ring that streams at most 5% more than the least, in the mean of an empty and a full context."""
+    shares = roomiest(demand, _host_bytes(demand, budget), frozenset(range(len(demand.blocks))))
+    if not shares:
+        raise _too_little(demand, "--ram", budget, minimum_budget(demand))
+    idle = demand.idle(0, prompt=False)
+    full = [nbytes(demand, share.streamed) for share in shares]
+    moved = [count + max(0, count - idle) for count in full]
+    return next(share for share, count in zip(shares, moved, strict=True) if count <= 1.05 * min(moved))
 
 
-def _device(demand: Demand, budget: int) -> _Share:
+def _both(demand: Demand, budget: int, device_budget: int) -> tuple[Share, Share]:
+    """What the device and the host keep: the roomiest rings with which moving takes at most 5% longer than the least that
+    was found. The two are weighed together: where nearly all is in VRAM or RAM, a little more room for the device's ring is
+    a multiple of what the disk has to read.
+    """
     assert demand.device_fixed is not None
     fixed, everything = sum(demand.device_fixed.values()), frozenset(range(len(demand.blocks)))
-    share = _best(demand, budget - fixed, everything)
-    if share is not None:
-        return share
-    minimum = fixed + _ring(demand, everything, 0.0)
-    raise BudgetError(
-        f"--vram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"{format_size(minimum)} ({minimum} bytes) would do: raise --vram or lower --ctx",
-        budget_bytes=budget,
-        minimum_bytes=minimum,
+    available = _host_bytes(demand, budget)
+    lean = leanest(demand, device_budget - fixed, everything)
+    if not lean:
+        raise _too_little(demand, "--vram", device_budget, fixed + ring_bytes(demand, everything, 0.0))
+
+    def seconds(device: Share, host: Share) -> float:
+        return moving_s(demand, nbytes(demand, device.streamed), nbytes(demand, host.streamed))
+
+    def least_s(device: Share) -> float:
+        below = leanest(demand, available, frozenset(device.streamed))
+        return min((seconds(device, host) for host in below), default=inf)
+
+    bound = 1.05 * min(map(least_s, lean))
+    if bound == inf:
+        raise _too_little(demand, "--ram", budget, minimum_budget(demand))
+    devices = [*roomiest(demand, device_budget - fixed, everything), *lean]
+    device = next(share for share in devices if seconds(share, NOTHING) <= bound and least_s(share) <= bound)
+    members = frozenset(device.streamed)
+    hosts = [*roomiest(demand, available, members), *leanest(demand, available, members)]
+    most = 1.05 * min(nbytes(demand, host.streamed) for host in hosts)
+    return device, next(
+        host for host in hosts if seconds(device, host) <= bound and nbytes(demand, host.streamed) <= most
     )
 
 
-def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """The roomiest ring that streams at most 5% more than the least, in the mean of an empty and a full context.
-
-    A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
-    """
-    orders = [streaming_order(demand.blocks, limit) for limit in reversed(block_limits(demand.blocks))]
-    shares = [
-        share
-        for slack in RING_SLACKS
-        for order in orders
-        if (share := _choose(demand, available, slack, members, order)) is not None
-    ]
-    if not shares:
-        return None
-    idle = demand.idle(0, prompt=False)
-    full = [_nbytes(demand, share.streamed) for share in shares]
-    moved = [nbytes + max(0, nbytes - idle) for nbytes in full]
-    return next(share for share, nbytes in zip(shares, moved, strict=True) if nbytes <= 1.05 * min(moved))
+def moving_s(demand: Demand, link_bytes: int, disk_bytes: int) -> float:
+    """Seconds over the slowest edge."""
+    return max(disk_bytes / demand.disk_bps, link_bytes / demand.link_bps if link_bytes else 0.0)
 
 
-def _choose(
-    demand: Demand, available: int, slack: float, members: frozenset[int], order: Sequence[int]
-) -> _Share | None:
-    """Streams as few of `members`, in this order, as the slack allows, or None when they do not fit."""
-    pinned = _nbytes(demand, members)
-    if pinned <= available:
-        return _Share(members, (), 0)
-    streamed: list[int] = []
-    for index in order:
-        if index not in members:
-            continue
-        streamed.append(index)
-        pinned -= demand.blocks[index].footprint
-        if pinned > available:
-            continue
-        ring = _ring(demand, streamed, slack)
-        if pinned + ring <= available:
-            return _Share(members.difference(streamed), tuple(streamed), ring)
-    return None
+def _host_bytes(demand: Demand, budget: int) -> int:
+    return budget - sum(demand.fixed.values()) - least_bytes(demand.banks)
 
 
-def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
-    members = frozenset(streamed)
-    needs = [[demand.blocks[i].footprint for i in group if i in members] for group in demand.groups]
-    return ring_capacity(needs, slack)
-
-
-def _nbytes(demand: Demand, indices: Iterable[int]) -> int:
-    return sum(demand.blocks[i].footprint for i in indices)
+def _too_little(demand: Demand, option: str, budget: int, minimum: int) -> BudgetError:
+    return BudgetError(
+        f"{option} {format_size(budget)}: too little for this model at context {demand.ctx}; "
+        f"{format_size(minimum)} ({minimum} bytes) would do: raise {option} or lower --ctx",
+        budget_bytes=budget,
+        minimum_bytes=minimum,
+    )
 
 
 def _plan(
-    demand: Demand, budget: int, host: _Share, device: _Share | None = None, device_budget: int | None = None
+    demand: Demand, budget: int, host: Share, device: Share | None = None, device_budget: int | None = None
 ) -> Plan:
-    pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
-    link = _nbytes(demand, device.streamed) if device is not None else 0
+    pinned, moved = nbytes(demand, host.pinned), nbytes(demand, host.streamed)
+    link = nbytes(demand, device.streamed) if device is not None else 0
     left = budget - sum(demand.fixed.values()) - pinned - host.ring
     device_slots: tuple[int, ...] = ()
     if device is not None and device_budget is not None and demand.device_fixed is not None:
-        used = sum(demand.device_fixed.values()) + _nbytes(demand, device.pinned) + device.ring
+        used = sum(demand.device_fixed.values()) + nbytes(demand, device.pinned) + device.ring
         device_slots = share_device(demand.banks, device_budget - used)
     bank_slots = beside(demand.banks, share_slots(demand.banks, left), device_slots)
     bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
@@ -380,14 +351,14 @@ def _plan(
         trained_ctx=demand.trained_ctx,
         prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
         device_budget_bytes=device_budget,
-        device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,
+        device_pinned_bytes=nbytes(demand, device.pinned) if device is not None else 0,
         device_ring_bytes=device.ring if device is not None else 0,
         link_bytes=link,
         demand=demand,
     )
 
 
-def _placements(blocks: Sequence[BlockSpec], host: _Share, device: _Share | None) -> tuple[Placement, ...]:
+def _placements(blocks: Sequence[BlockSpec], host: Share, device: Share | None) -> tuple[Placement, ...]:
     streamed = frozenset(host.streamed)
 
     def tier(index: int) -> TierName:
