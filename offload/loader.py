@@ -15,6 +15,7 @@ from offload.backends import make_place
 from offload.borrowers import BlockBorrower, SlotBorrower
 from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
 from offload.embedding import EmbeddingTable
+from offload.errors import AllocationError
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.dequantize import dequantize
 from offload.lending import IdleMemory, Lending
@@ -26,9 +27,11 @@ from offload.residency import Residency
 from offload.scheduler import Scheduler
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, OnRead
+from offload.tiers.cgroup import available_memory
 from offload.tiers.files import LocalStorage, Storage
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
+from offload.units import format_size
 
 
 class Runner:
@@ -162,8 +165,17 @@ def load_runner(
     Raises:
         CheckpointError, UnsupportedError, BudgetError, StorageError, AllocationError, BackendError: see errors.
     """
-    opened = open_model(path, config)
-    return Runner(opened, tuned(opened, config), storage=storage or LocalStorage(), progress=progress)
+    try:
+        opened = open_model(path, config)
+        return Runner(opened, tuned(opened, config), storage=storage or LocalStorage(), progress=progress)
+    except MemoryError as error:  # of Python's or numpy's own heap
+        free = available_memory()
+        raise AllocationError(
+            f"memory: refused while the model was loaded ({error or 'Python objects'}), {format_size(free)} available; "
+            "close other programs or lower --ram",
+            needed_bytes=0,
+            available_bytes=free,
+        ) from error
 
 
 def tuned(opened: Opened, config: LoadConfig) -> LoadConfig:

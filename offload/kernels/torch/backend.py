@@ -29,7 +29,7 @@ from offload.models.checkpoint.base import TensorInfo
 from offload.processors import Processors, for_device
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
-from offload.tiers.device_errors import device_errors
+from offload.tiers.device_errors import allocating, device_errors
 from offload.tiers.vram import DeviceTier
 
 
@@ -130,10 +130,15 @@ class TorchBackend:
         return pieces
 
     def place_vector(self, name: str, values: Floats) -> None:
-        """Gives vector `name` its values, float32."""
+        """Gives vector `name` its values, float32.
+
+        Raises:
+            AllocationError: the device has no such room.
+        """
         if self._helper is not None:
             self._helper.experts.place_vector(name, values)
-        self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
+        with allocating(self._tier.device, 4 * values.size, name, "lower --vram"):
+            self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
     @device_errors
     @torch.inference_mode()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
+
+from offload.tiers.device_errors import allocating
 
 
 class TorchCache:
@@ -14,13 +17,18 @@ class TorchCache:
         dims: features of a head of keys and of values; only of keys, where values are their leading features.
         ctx: positions that fit, 0 to ctx - 1.
         dtype: type of what is stored; rounding happens in `store`.
+
+    Raises:
+        AllocationError: the device has no such room.
     """
 
     def __init__(
         self, num_layers: int, ctx: int, num_kv_heads: int, dims: Sequence[int], dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._kept = [torch.zeros((num_layers, ctx, num_kv_heads, dim), dtype=dtype, device=device) for dim in dims]
+        rows = (num_layers, ctx, num_kv_heads)
+        with allocating(device, prod(rows) * sum(dims) * dtype.itemsize, "the KV cache", "lower --ctx or --vram"):
+            self._kept = [torch.zeros((*rows, dim), dtype=dtype, device=device) for dim in dims]
 
     @property
     def nbytes(self) -> int:
