@@ -26,7 +26,8 @@ from harness.results import ROOT, table, write
 import offload
 from offload.demand import Demand
 from offload.engine import Engine
-from offload.plan import Plan, full_budget, make_plan, minimum_budget
+from offload.plan import Plan
+from offload.planning import full_budget, make_plan, minimum_budget
 from offload.units import format_size
 
 sys.path.insert(0, str(ROOT / "tests"))

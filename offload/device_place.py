@@ -23,7 +23,8 @@ from offload.kernels.ggml.host_experts import HostExperts
 from offload.kernels.ggml.host_products import HostProducts
 from offload.opening import Footprint, Opened, micro_batch_tokens
 from offload.places import Report
-from offload.plan import Plan, minimum_device_budget
+from offload.plan import Plan
+from offload.planning import minimum_device_budget
 from offload.prefetch.governor import WAYS, Governor
 from offload.processors import Processors, rows_on_device
 from offload.residency import Residency

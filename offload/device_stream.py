@@ -148,7 +148,8 @@ class DeviceStream:
 
     def _from_ring(self, block: BlockSpec, cancel: CancelToken | None) -> memoryview:
         assert self._stream is not None, f"{block.key} is neither pinned nor streamed"
-        while self._unsettled:  # the host's ring may be full of blocks that are being copied
+        # while it is not there: the host's ring may be full of blocks that are being copied
+        while self._unsettled and not self._source_ready():
             self._unsettled[0].wait(cancel)
             self._settle()
         return self._stream.acquire_view(block.key, cancel)

@@ -31,6 +31,7 @@ from offload.results import EdgeUse
 from offload.scheduler import Scheduler
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, OnRead
+from offload.tiers.cgroup import available_memory
 from offload.tiers.files import LocalStorage, Storage
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import Slab
@@ -219,8 +220,17 @@ def load_runner(
     Raises:
         CheckpointError, UnsupportedError, BudgetError, StorageError, AllocationError, BackendError: see errors.
     """
-    opened = open_model(path, config)
-    return Runner(opened, tuned(opened, config), storage=storage or LocalStorage(), progress=progress)
+    try:
+        opened = open_model(path, config)
+        return Runner(opened, tuned(opened, config), storage=storage or LocalStorage(), progress=progress)
+    except MemoryError as error:  # of Python's or numpy's own heap
+        free = available_memory()
+        raise AllocationError(
+            f"memory: refused while the model was loaded ({error or 'Python objects'}), {format_size(free)} available; "
+            "close other programs or lower --ram",
+            needed_bytes=0,
+            available_bytes=free,
+        ) from error
 
 
 def tuned(opened: Opened, config: LoadConfig) -> LoadConfig:

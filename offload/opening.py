@@ -24,7 +24,8 @@ from offload.models.registry import build_model, default_context
 from offload.models.text import open_tokenizer
 from offload.models.text.base import Tokenizer
 from offload.packing import Pack, open_pack
-from offload.plan import Plan, make_plan, minimum_budget
+from offload.plan import Plan
+from offload.planning import make_plan, minimum_budget
 from offload.rates import default_threads, machine_rates
 from offload.tiers.cgroup import available_memory
 from offload.tiers.heap import trim_heap

@@ -1,4 +1,4 @@
-"""Where every block will live, how fast that will be, and what is the least that works. Pure arithmetic, no I/O.
+"""Where every block will live, and how fast that will be. How it is found out is `planning`'s. Pure arithmetic, no I/O.
 
     budget = base + margin + vectors + KV + workspace + ring + pinned        (host RAM)
 
@@ -11,17 +11,14 @@ hold streamed blocks, on loan. The plan counts them where they belong; a loan ma
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final, Literal, NamedTuple
+from typing import Final, Literal
 
-from offload.bank_plan import beside, device_bytes, least_bytes, num_visiting, share_device, share_slots, visiting_bytes
+from offload.bank_plan import beside, share_slots
 from offload.blocks import BlockKey, BlockSpec, TierName
 from offload.demand import Demand
-from offload.errors import BudgetError
-from offload.prefetch.sequential import block_limits, ring_capacity, streaming_order
-from offload.processors import share_of_host
-from offload.units import MIB, align_down, format_size
+from offload.units import MIB, align_down
 
 DEFAULT_DISK_BPS: Final = 1.0e9
 OVERLAP_COST: Final = 0.15
@@ -31,7 +28,6 @@ EXPERT_OVERLAP_COST: Final = 0.5
 """The same where experts are read: which ones is known late, so half of the shorter one is not overlapped. Measured with 94%
 of guesses right, at a third and at two thirds of the experts in memory."""
 LOAN_GRAIN: Final = 2 * MIB  # a huge page: less than one cannot be given back
-RING_SLACKS: Final = (4.0, 2.0, 1.0, 0.5, 0.25, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,9 +175,8 @@ class Plan:
 
     def stream_s_at(self, position: int) -> float:
         """Seconds that moving the weights of such a token takes, over the slowest edge."""
-        link_s = self.link_bytes / self.demand.link_bps if self.link_bytes else 0.0
         host_s = self.shared_bytes / self.demand.dense_bps if self.shared_bytes else 0.0
-        return max(self.streamed_bytes_at(position) / self.demand.disk_bps, link_s, host_s)
+        return max(moving_s(self.demand, self.link_bytes, self.streamed_bytes_at(position)), host_s)
 
     @property
     def stream_s(self) -> float:
@@ -220,198 +215,11 @@ class Plan:
         Raises:
             BudgetError: below the minimum.
         """
+        from offload.planning import make_plan  # which makes these
+
         return make_plan(self.demand, budget_bytes, self.device_budget_bytes)
 
 
-def minimum_budget(demand: Demand) -> int:
-    """The least number of bytes with which the model runs: everything streamed through the smallest ring.
-
-    A model so small that the ring would be larger than itself is pinned instead.
-    """
-    everything = sum(block.footprint for block in demand.blocks)
-    streamed = min(everything, _ring(demand, set(range(len(demand.blocks))), 0.0))
-    return sum(demand.fixed.values()) + streamed + least_bytes(demand.banks)
-
-
-def minimum_device_budget(demand: Demand) -> int:
-    """The least number of bytes on the device with which the model runs: everything passes through the smallest ring."""
-    assert demand.device_fixed is not None
-    ring = _ring(demand, range(len(demand.blocks)), 0.0)
-    return sum(demand.device_fixed.values()) + visiting_bytes(demand.banks, 1) + ring
-
-
-def full_budget(demand: Demand) -> int:
-    """The budget from which on nothing is streamed."""
-    everything = sum(block.footprint for block in demand.blocks)
-    everything += sum(bank.slot_bytes * bank.num_experts for bank in demand.banks)
-    return sum(demand.fixed.values()) + everything + (demand.embedding.footprint if demand.embedding else 0)
-
-
-def make_plan(demand: Demand, budget_bytes: int, device_budget_bytes: int | None = None) -> Plan:
-    """Pins the largest share that fits and streams the rest.
-
-    Args:
-        device_budget_bytes: bytes on the device, when `demand.device_fixed` says that computing happens there.
-
-    Raises:
-        BudgetError: a budget is below what the model needs.
-    """
-    everything = frozenset(range(len(demand.blocks)))
-    if demand.device_fixed is None:
-        return _plan(demand, budget_bytes, _host(demand, budget_bytes, everything))
-    assert device_budget_bytes is not None, "a demand on a device needs a device budget"
-    on_device = _device(demand, device_budget_bytes)
-    below = _host(demand, budget_bytes, frozenset(on_device.streamed))
-    return _plan(demand, budget_bytes, below, on_device, device_budget_bytes)
-
-
-class _Share(NamedTuple):
-    """One tier's part: its pinned blocks, those that pass through its ring, first chosen first, and the ring's bytes."""
-
-    pinned: frozenset[int]
-    streamed: tuple[int, ...]
-    ring: int
-
-
-def _host(demand: Demand, budget: int, members: frozenset[int]) -> _Share:
-    share = _best(demand, budget - sum(demand.fixed.values()) - least_bytes(demand.banks), members)
-    if share is not None:
-        return share
-    minimum = minimum_budget(demand)
-    raise BudgetError(
-        f"--ram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"{format_size(minimum)} ({minimum} bytes) would do: raise --ram or lower --ctx",
-        budget_bytes=budget,
-        minimum_bytes=minimum,
-    )
-
-
-def _device(demand: Demand, budget: int) -> _Share:
-    assert demand.device_fixed is not None
-    fixed = sum(demand.device_fixed.values()) + visiting_bytes(demand.banks, 1)
-    share = _best(demand, budget - fixed, frozenset(range(len(demand.blocks))))
-    if share is not None:
-        return share
-    minimum = minimum_device_budget(demand)
-    raise BudgetError(
-        f"--vram {format_size(budget)}: too little for this model at context {demand.ctx}; "
-        f"{format_size(minimum)} ({minimum} bytes) would do: raise --vram or lower --ctx",
-        budget_bytes=budget,
-        minimum_bytes=minimum,
-    )
-
-
-def _best(demand: Demand, available: int, members: frozenset[int]) -> _Share | None:
-    """The roomiest ring that streams at most 5% more than the least, in the mean of an empty and a full context.
-
-    A roomier ring hides latency, a smaller one pins more; so does one that only small blocks pass through.
-    """
-    orders = [streaming_order(demand.blocks, limit) for limit in reversed(block_limits(demand.blocks))]
-    shares = [
-        share
-        for slack in RING_SLACKS
-        for order in orders
-        if (share := _choose(demand, available, slack, members, order)) is not None
-    ]
-    if not shares:
-        return None
-    idle = demand.idle(0, prompt=False)
-    full = [_nbytes(demand, share.streamed) for share in shares]
-    moved = [nbytes + max(0, nbytes - idle) for nbytes in full]
-    return next(share for share, nbytes in zip(shares, moved, strict=True) if nbytes <= 1.05 * min(moved))
-
-
-def _choose(
-    demand: Demand, available: int, slack: float, members: frozenset[int], order: Sequence[int]
-) -> _Share | None:
-    """Streams as few of `members`, in this order, as the slack allows, or None when they do not fit."""
-    pinned = _nbytes(demand, members)
-    if pinned <= available:
-        return _Share(members, (), 0)
-    streamed: list[int] = []
-    for index in order:
-        if index not in members:
-            continue
-        streamed.append(index)
-        pinned -= demand.blocks[index].footprint
-        if pinned > available:
-            continue
-        ring = _ring(demand, streamed, slack)
-        if pinned + ring <= available:
-            return _Share(members.difference(streamed), tuple(streamed), ring)
-    return None
-
-
-def _ring(demand: Demand, streamed: Collection[int], slack: float) -> int:
-    members = frozenset(streamed)
-    needs = [[demand.blocks[i].footprint for i in group if i in members] for group in demand.groups]
-    return ring_capacity(needs, slack)
-
-
-def _nbytes(demand: Demand, indices: Iterable[int]) -> int:
-    return sum(demand.blocks[i].footprint for i in indices)
-
-
-def _plan(
-    demand: Demand, budget: int, host: _Share, device: _Share | None = None, device_budget: int | None = None
-) -> Plan:
-    pinned, moved = _nbytes(demand, host.pinned), _nbytes(demand, host.streamed)
-    crossing = frozenset(device.streamed if device is not None else ())
-    host_share = share_of_host(demand.link_bps, demand.dense_bps) if demand.shared else 0.0
-    shared = int(host_share * _nbytes(demand, (crossing & demand.shared).difference(host.streamed)))
-    left = budget - sum(demand.fixed.values()) - pinned - host.ring
-    device_slots: tuple[int, ...] = ()
-    visiting = 0
-    if device is not None and device_budget is not None and demand.device_fixed is not None:
-        used = sum(demand.device_fixed.values()) + _nbytes(demand, device.pinned) + device.ring
-        device_slots = share_device(demand.banks, device_budget - used)
-        visiting = num_visiting(demand.banks, device_budget - used, device_slots)
-    bank_slots = beside(demand.banks, share_slots(demand.banks, left), device_slots)
-    bank_bytes = sum(bank.slot_bytes * slots for bank, slots in zip(demand.banks, bank_slots, strict=True))
-    # a row of the token table costs one small read a token, so the table is the last thing worth its memory
-    table = demand.embedding
-    return Plan(
-        budget_bytes=budget,
-        minimum_bytes=minimum_budget(demand),
-        model_bytes=sum(block.nbytes for block in demand.blocks)
-        + sum(bank.expert_bytes * bank.num_experts for bank in demand.banks)
-        + (table.nbytes if table else 0),
-        pinned_bytes=pinned,
-        streamed_bytes=moved,
-        ring_bytes=host.ring,
-        kv_bytes=demand.fixed["kv"],
-        workspace_bytes=demand.fixed["workspace"] + demand.fixed["vectors"],
-        base_bytes=demand.fixed["base"],
-        margin_bytes=demand.fixed["margin"],
-        embedding_bytes=table.footprint if table and table.footprint <= left - bank_bytes else 0,
-        edges={"nvme->ram": demand.disk_bps} | ({"ram->vram": demand.link_bps} if device is not None else {}),
-        compute_s=demand.compute_s,
-        placements=_placements(demand.blocks, host, device),
-        borrowers=tuple(demand.blocks[i] for i in reversed(host.streamed)),
-        bank_slots=bank_slots,
-        bank_bytes=bank_bytes,
-        device_slots=device_slots,
-        device_visiting=visiting,
-        device_bank_bytes=device_bytes(demand.banks, device_slots, visiting),
-        ctx=demand.ctx,
-        trained_ctx=demand.trained_ctx,
-        prefill_tokens_per_pass=demand.prefill_tokens_per_pass,
-        device_budget_bytes=device_budget,
-        device_pinned_bytes=_nbytes(demand, device.pinned) if device is not None else 0,
-        device_ring_bytes=device.ring if device is not None else 0,
-        link_bytes=_nbytes(demand, crossing) - shared,
-        shared_bytes=shared,
-        host_share=host_share,
-        demand=demand,
-    )
-
-
-def _placements(blocks: Sequence[BlockSpec], host: _Share, device: _Share | None) -> tuple[Placement, ...]:
-    streamed = frozenset(host.streamed)
-
-    def tier(index: int) -> TierName:
-        if device is not None and index in device.pinned:
-            return "vram"
-        return "nvme" if index in streamed else "ram"
-
-    return tuple(Placement(key=block.key, tier=tier(i), nbytes=block.nbytes) for i, block in enumerate(blocks))
+def moving_s(demand: Demand, link_bytes: float, disk_bytes: int) -> float:
+    """Seconds over the slowest edge."""
+    return max(disk_bytes / demand.disk_bps, link_bytes / demand.link_bps if link_bytes else 0.0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
+from offload.planning import make_plan
 from offload.units import GIB
 
 WORTH_SAYING: Final = 1.02

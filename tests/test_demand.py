@@ -23,7 +23,7 @@ from offload.models.checkpoint import open_checkpoint
 from offload.models.checkpoint.base import TensorInfo
 from offload.models.parts import movable_parts
 from offload.models.registry import build_model
-from offload.plan import full_budget, make_plan, minimum_budget
+from offload.planning import full_budget, make_plan, minimum_budget
 from offload.units import MIB, align_up
 
 RATES = Rates(disk_bps=1e9, kernel_bps={"F32": 1e10, "Q4_0": 5e9})

@@ -36,10 +36,10 @@ HELD_AT = 1 << 30
 def hold(monkeypatch: pytest.MonkeyPatch, share: float, visiting: int | None = None) -> None:
     """Has the device hold this share of the experts of each bank, and gives others so many slots."""
     monkeypatch.setattr(
-        "offload.plan.share_device", lambda banks, available: tuple(int(share * bank.num_experts) for bank in banks)
+        "offload.planning.share_device", lambda banks, available: tuple(int(share * bank.num_experts) for bank in banks)
     )
     if visiting is not None:
-        monkeypatch.setattr("offload.plan.num_visiting", lambda banks, available, held: visiting)
+        monkeypatch.setattr("offload.planning.num_visiting", lambda banks, available, held: visiting)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,8 @@ from offload.demand import Demand
 from offload.engine import Engine
 from offload.errors import BudgetError, ClosedError, ContextError, StorageError, UsageError
 from offload.models.parts import movable_parts
-from offload.plan import Plan, full_budget, make_plan, minimum_budget
+from offload.plan import Plan
+from offload.planning import full_budget, make_plan, minimum_budget
 from offload.trace import write_trace
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 90, 40)]

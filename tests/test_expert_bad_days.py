@@ -13,7 +13,8 @@ import offload
 from offload.demand import Demand
 from offload.engine import Engine
 from offload.errors import ClosedError, StorageError
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
+from offload.planning import make_plan
 from offload.tiers.files import LocalStorage
 from offload.tiers.wrapper import Fault, FaultyStorage
 from offload.units import MIB

@@ -30,7 +30,7 @@ SHARES: dict[str, Callable[..., tuple[float, float]]] = {
 def hold(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
     """Has the device hold this share of the experts of each bank."""
     monkeypatch.setattr(
-        "offload.plan.share_device", lambda banks, available: tuple(int(share * bank.num_experts) for bank in banks)
+        "offload.planning.share_device", lambda banks, available: tuple(int(share * bank.num_experts) for bank in banks)
     )
 
 

@@ -22,7 +22,8 @@ from offload.demand import Demand
 from offload.engine import Engine
 from offload.errors import Cancelled
 from offload.lending import CacheMemory, IdleMemory, Lending, Range
-from offload.plan import LOAN_GRAIN, Plan, make_plan, minimum_budget
+from offload.plan import LOAN_GRAIN, Plan
+from offload.planning import make_plan, minimum_budget
 from offload.tiers.base import CancelToken
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.ram import CAN_DISCARD, Slab

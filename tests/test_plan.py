@@ -11,7 +11,8 @@ from offload.bank_plan import BankDemand
 from offload.blocks import BlockKey, BlockSpec
 from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.plan import EXPERT_OVERLAP_COST, OVERLAP_COST, full_budget, make_plan, minimum_budget
+from offload.plan import EXPERT_OVERLAP_COST, OVERLAP_COST
+from offload.planning import full_budget, make_plan, minimum_budget
 from offload.units import MIB
 
 

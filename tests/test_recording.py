@@ -14,7 +14,8 @@ from transformers import AutoModelForCausalLM
 import offload
 from offload.demand import Demand
 from offload.errors import UsageError
-from offload.plan import Plan, full_budget, make_plan, minimum_budget
+from offload.plan import Plan
+from offload.planning import full_budget, make_plan, minimum_budget
 from offload.prefetch.routing import NOBODY, RoutingTrace
 from offload.prefetch.trace_file import decode, encode
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from offload.blocks import BlockKey, BlockSpec
 from offload.demand import Demand
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
+from offload.planning import make_plan
 from offload.units import GIB
 from offload.what_if import WORTH_SAYING, improvements
 

@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import Final, Protocol
 
-from offload.errors import StorageError
+from offload.errors import AllocationError, StorageError
 from offload.units import PAGE, align_down
 
 O_DIRECT: Final[int] = getattr(os, "O_DIRECT", 0)
@@ -71,7 +71,7 @@ class Storage(Protocol):
     def open(self, path: Path) -> File:
         """
         Raises:
-            StorageError: missing, unreadable, or not a regular file.
+            StorageError: missing, unreadable, or not a regular file. AllocationError: the system lacks memory.
         """
         ...
 
@@ -133,6 +133,10 @@ class LocalStorage:
         try:
             return self._open(path)
         except OSError as error:
+            if error.errno == errno.ENOMEM:
+                raise AllocationError(
+                    f"{path}: no memory to open it with; close other programs or lower --ram", needed_bytes=PAGE
+                ) from error
             raise StorageError(
                 f"{path}: cannot be opened: {error.strerror}; check the path and its permissions",
                 path=str(path),

@@ -18,7 +18,7 @@ import torch
 from offload.errors import AllocationError, StorageError
 from offload.results import EdgeUse
 from offload.tiers.base import POLL_S, TIMEOUT_S, CancelToken, Handle, TransferHandle
-from offload.tiers.device_errors import device_errors
+from offload.tiers.device_errors import allocating, device_errors
 from offload.units import PAGE, align_up, format_size
 
 
@@ -42,8 +42,9 @@ class DeviceTier:
         assert capacity_bytes > 0, capacity_bytes
         self.device = torch.device(device)
         self.capacity_bytes = capacity_bytes
-        self._arena = _allocate_arena(self.device, capacity_bytes)
-        self._stream = _new_stream(self.device) if self.device.type == "cuda" else None
+        with allocating(self.device, capacity_bytes, "the model", "lower --vram"):
+            self._arena = torch.empty(capacity_bytes, dtype=torch.uint8, device=self.device)
+            self._stream = _new_stream(self.device) if self.device.type == "cuda" else None
         self._top = 0
         self._copied = 0
         self._copy_s = 0.0
@@ -162,16 +163,3 @@ class _DeviceHandle:
 
 def _new_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-
-def _allocate_arena(device: torch.device, nbytes: int) -> torch.Tensor:
-    try:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-        known = "" if free is None else f", {format_size(free)} free"
-        raise AllocationError(
-            f"device memory: {device} refused {format_size(nbytes)}{known}; lower --vram",
-            needed_bytes=nbytes,
-            available_bytes=free,
-        ) from error

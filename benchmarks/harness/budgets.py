@@ -8,7 +8,8 @@ from dataclasses import replace
 
 from offload import opening
 from offload.demand import Demand
-from offload.plan import Plan, make_plan
+from offload.plan import Plan
+from offload.planning import make_plan
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.cli.plan import one_more, plan_json, show
 from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.plan import make_plan
+from offload.planning import make_plan
 from offload.units import format_size, format_speed
 
 

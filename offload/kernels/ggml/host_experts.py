@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping
+from contextlib import ExitStack
 
 import numpy as np
 
@@ -25,12 +26,17 @@ class HostExperts:
 
     def __init__(self, model: Model, threads: int) -> None:
         self._lib = load_library()
-        self._backend = self._lib.ggml_backend_cpu_init()
-        self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
-        self._anchor = Anchor(self._lib)
         self._vectors: dict[str, Floats] = {}
-        self._layers = ExpertLayers(self._lib, model, self._anchor, lambda name: self._vectors[name].ctypes.data)
         self._cancel: CancelToken | None = None
+        with ExitStack() as stack:  # whatever fails below frees what was made before it
+            self._backend = self._lib.ggml_backend_cpu_init()
+            stack.callback(self._lib.ggml_backend_free, self._backend)
+            self._lib.ggml_backend_cpu_set_n_threads(self._backend, threads)
+            anchor = Anchor(self._lib)
+            stack.callback(anchor.close)
+            self._layers = ExpertLayers(self._lib, model, anchor, lambda name: self._vectors[name].ctypes.data)
+            stack.callback(self._layers.close)
+            self._stack = stack.pop_all()
 
     @property
     def nbytes(self) -> int:
@@ -75,8 +81,4 @@ class HostExperts:
 
     def close(self) -> None:
         """Frees everything. Idempotent."""
-        if self._backend:
-            self._layers.close()
-            self._anchor.close()
-            self._lib.ggml_backend_free(self._backend)
-            self._backend = 0
+        self._stack.close()

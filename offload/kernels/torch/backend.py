@@ -31,7 +31,7 @@ from offload.models.checkpoint.base import TensorInfo
 from offload.sharing import Sharing
 from offload.tiers.base import CancelToken
 from offload.tiers.cgroup import available_memory
-from offload.tiers.device_errors import device_errors
+from offload.tiers.device_errors import allocating, device_errors
 from offload.tiers.vram import DeviceTier
 
 
@@ -144,11 +144,16 @@ class TorchBackend:
         return pieces
 
     def place_vector(self, name: str, values: Floats) -> None:
-        """Gives vector `name` its values, float32."""
+        """Gives vector `name` its values, float32.
+
+        Raises:
+            AllocationError: the device has no such room.
+        """
         self.experts.place_vector(name, values)
         self._graphs.forget()
         self._token = None
-        self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
+        with allocating(self._tier.device, 4 * values.size, name, "lower --vram"):
+            self._vectors[name] = torch.from_numpy(np.ascontiguousarray(values, np.float32)).to(self._tier.device)
 
     @device_errors
     @torch.inference_mode()

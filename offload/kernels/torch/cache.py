@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 import torch
+
+from offload.tiers.device_errors import allocating
 
 
 class TorchCache:
@@ -20,13 +23,18 @@ class TorchCache:
 
     Attributes:
         loads: type of what `load` gives: on CUDA, whose kernels read any, the one stored; elsewhere float32.
+
+    Raises:
+        AllocationError: the device has no such room.
     """
 
     def __init__(
         self, num_layers: int, ctx: int, num_kv_heads: int, dims: Sequence[int], dtype: torch.dtype,
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._kept = [torch.zeros((num_layers, ctx, num_kv_heads, dim), dtype=dtype, device=device) for dim in dims]
+        rows = (num_layers, ctx, num_kv_heads)
+        with allocating(device, prod(rows) * sum(dims) * dtype.itemsize, "the KV cache", "lower --ctx or --vram"):
+            self._kept = [torch.zeros((*rows, dim), dtype=dtype, device=device) for dim in dims]
         self.loads = dtype if device.type == "cuda" else torch.float32
 
     @property

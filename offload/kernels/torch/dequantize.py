@@ -42,6 +42,9 @@ _DECODERS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
 DECODABLE: Final = frozenset(_PLAIN) | frozenset(_DECODERS)
 """Names of the element types that `dequantize` knows."""
 
+_ALIGNMENT: Final = 64
+"""Bytes. A CPU's kernels add up a product in another order where a matrix lies otherwise, and no bit may depend on where a
+block lies."""
 _CHUNK_ELEMENTS: Final = 2**22  # decoded at a time: intermediate integers take up to 16 bytes an element
 
 
@@ -57,8 +60,8 @@ def dequantize(raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) 
         UnsupportedError: no decoder for the type.
     """
     if element.name in _PLAIN:
-        if raw.data_ptr() % element.block_bytes or raw.storage_offset() % element.block_bytes:
-            raw = raw.clone()
+        if raw.data_ptr() % _ALIGNMENT or raw.storage_offset() % element.block_bytes:
+            raw = raw.clone()  # torch aligns what it allocates
         return raw.view(_PLAIN[element.name]).float().reshape(shape)
     decode = _DECODERS.get(element.name)
     if decode is None:
