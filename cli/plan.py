@@ -82,7 +82,9 @@ def plan_json(plan: Plan) -> dict[str, Any]:
 
 def one_more(plan: Plan) -> Plan | None:
     """The plan with one more GiB, or None where nothing is read and memory buys nothing."""
-    return plan.with_budget(plan.budget_bytes + GIB) if plan.streamed_bytes or plan.missed_bytes else None
+    from offload.planning import with_budget  # which a help text need not wait for
+
+    return with_budget(plan, plan.budget_bytes + GIB) if plan.streamed_bytes or plan.missed_bytes else None
 
 
 def would_buy(plan: Plan) -> list[Improvement]:

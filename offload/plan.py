@@ -209,16 +209,6 @@ class Plan:
         """Keys of the blocks that are read from disk in every pass."""
         return frozenset(placement.key for placement in self.placements if placement.tier == "nvme")
 
-    def with_budget(self, budget_bytes: int) -> Plan:
-        """The plan for the same demand at another budget.
-
-        Raises:
-            BudgetError: below the minimum.
-        """
-        from offload.planning import make_plan  # which makes these
-
-        return make_plan(self.demand, budget_bytes, self.device_budget_bytes)
-
 
 def moving_s(demand: Demand, link_bytes: float, disk_bytes: int) -> float:
     """Seconds over the slowest edge."""

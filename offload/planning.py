@@ -53,6 +53,15 @@ def make_plan(demand: Demand, budget_bytes: int, device_budget_bytes: int | None
     return _plan(demand, budget_bytes, below, on_device, device_budget_bytes)
 
 
+def with_budget(plan: Plan, budget_bytes: int) -> Plan:
+    """The plan for the same demand at another budget of RAM.
+
+    Raises:
+        BudgetError: below the minimum.
+    """
+    return make_plan(plan.demand, budget_bytes, plan.device_budget_bytes)
+
+
 def _host(demand: Demand, budget: int) -> Share:
     """The roomiest ring that streams at most 5% more than the least, in the mean of an empty and a full context."""
     shares = roomiest(demand, _host_bytes(demand, budget), frozenset(range(len(demand.blocks))))

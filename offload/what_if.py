@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Final, Literal, NamedTuple
 
 from offload.plan import Plan
-from offload.planning import make_plan
+from offload.planning import make_plan, with_budget
 from offload.units import GIB
 
 WORTH_SAYING: Final = 1.02
@@ -26,7 +26,7 @@ def improvements(plan: Plan) -> list[Improvement]:
     changed: dict[Literal["vram", "ram", "disk"], Plan] = {}
     if plan.device_budget_bytes is not None:
         changed["vram"] = make_plan(plan.demand, plan.budget_bytes, plan.device_budget_bytes + GIB)
-    changed["ram"] = plan.with_budget(plan.budget_bytes + GIB)
+    changed["ram"] = with_budget(plan, plan.budget_bytes + GIB)
     changed["disk"] = replace(plan, demand=replace(plan.demand, disk_bps=FASTER_DISK * plan.demand.disk_bps))
     found = (
         Improvement(what, then.predicted_tps, then.predicted_tps / plan.predicted_tps) for what, then in changed.items()

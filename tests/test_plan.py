@@ -12,7 +12,7 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.demand import Demand
 from offload.errors import BudgetError
 from offload.plan import EXPERT_OVERLAP_COST, OVERLAP_COST
-from offload.planning import full_budget, make_plan, minimum_budget
+from offload.planning import full_budget, make_plan, minimum_budget, with_budget
 from offload.units import MIB
 
 
@@ -84,8 +84,8 @@ def test_the_token_table_is_pinned_last() -> None:
 def test_one_more_gib_is_a_plan_of_its_own() -> None:
     need = demand(64, disk_bps=1e9)
     plan = make_plan(need, minimum_budget(need))
-    assert plan.with_budget(plan.budget_bytes + 1024 * MIB).predicted_tps > plan.predicted_tps
-    assert plan.with_budget(plan.budget_bytes).predicted_tps == plan.predicted_tps
+    assert with_budget(plan, plan.budget_bytes + 1024 * MIB).predicted_tps > plan.predicted_tps
+    assert with_budget(plan, plan.budget_bytes).predicted_tps == plan.predicted_tps
 
 
 def test_streamed_blocks_are_spread_over_the_pass() -> None:

@@ -3,7 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.fake_engine import FakeEngine, FakeEngineModule
+from support.fake_engine import FakeEngine, FakeEngineModule, with_budget
 from typer.testing import CliRunner, Result
 
 from offload.cli.main import app
@@ -18,6 +18,8 @@ def fake() -> FakeEngine:
 def engine_module(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngineModule:
     module = FakeEngineModule(fake)
     monkeypatch.setitem(sys.modules, "offload.engine", module)  # type: ignore[misc]
+    for place in ("planning", "what_if"):
+        monkeypatch.setattr(f"offload.{place}.with_budget", with_budget)
     return module
 
 

@@ -10,7 +10,7 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.cli.plan import one_more, plan_json, show
 from offload.demand import Demand
 from offload.errors import BudgetError
-from offload.planning import make_plan
+from offload.planning import make_plan, with_budget
 from offload.units import format_size, format_speed
 
 
@@ -42,7 +42,7 @@ def test_a_streamed_plan_is_drawn_with_its_price_and_what_a_gib_would_buy(demand
     text = drawn(plan)
     assert "disk, streamed" in text and "memory, pinned" in text
     assert "bound by disk" in text and "That is slow" in text
-    more = plan.with_budget(plan.budget_bytes + GIB)
+    more = with_budget(plan, plan.budget_bytes + GIB)
     factor = more.predicted_tps / plan.predicted_tps
     assert f"One more GiB of RAM would give about {format_speed(more.predicted_tps)} ({factor:.2f}x)" in text
     assert "A disk twice as fast would give about" in text and "VRAM" not in text

@@ -67,10 +67,12 @@ class FakePlan:
     def predicted_tps_at(self, position: int) -> float:
         return self.predicted_tps
 
-    def with_budget(self, nbytes: int) -> FakePlan:
-        pinned = min(self.model_bytes, max(0, nbytes - 2 * GIB))
-        streamed = self.model_bytes - pinned
-        return replace(self, budget_bytes=nbytes, pinned_bytes=pinned, streamed_bytes=streamed, predicted_tps=2.0)
+
+def with_budget(plan: FakePlan, nbytes: int) -> FakePlan:
+    """As `offload.planning.with_budget`."""
+    pinned = min(plan.model_bytes, max(0, nbytes - 2 * GIB))
+    streamed = plan.model_bytes - pinned
+    return replace(plan, budget_bytes=nbytes, pinned_bytes=pinned, streamed_bytes=streamed, predicted_tps=2.0)
 
 
 class FakeStream:
