@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from itertools import accumulate
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -69,19 +69,21 @@ def fill_arena(
     if not placed:
         return
     nbytes = min(STAGING_BYTES, max(one.block.footprint for one in placed))
-    staging = [Slab(nbytes, prefault=False) for _ in range(2)]
-    undos = [register(slab) for slab in staging]
-    try:
+    with ExitStack() as stack:
+        if direct is not None:
+            stack.callback(direct.close)
+        staging = [_staging(nbytes, register, stack) for _ in range(2)]
         rest = placed if direct is None else _try_direct(placed, arena, reader, direct, staging)
         _through_host(rest, arena, reader, staging)
-    finally:
-        for undo in undos:
-            if undo is not None:
-                undo()
-        for slab in staging:
-            slab.close()
-        if direct is not None:
-            direct.close()
+
+
+def _staging(nbytes: int, register: Register, stack: ExitStack) -> Slab:
+    slab = Slab(nbytes, prefault=False)
+    stack.callback(slab.close)
+    undo = register(slab)
+    if undo is not None:
+        stack.callback(undo)
+    return slab
 
 
 def _try_direct(

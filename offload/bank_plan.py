@@ -61,8 +61,9 @@ def share_device(banks: Sequence[BankDemand], available: int) -> tuple[int, ...]
     held = share_slots(on_device, max(0, available))
     if _all_held(banks, held):
         return held
-    visiting = visiting_bytes(banks, num_visiting(banks, available, ()))
-    return share_slots(on_device, max(0, available - visiting))
+    if num_visiting(banks, available, ()) < _wanted_visiting(banks):
+        return (0,) * len(banks)
+    return share_slots(on_device, available - visiting_bytes(banks, _wanted_visiting(banks)))
 
 
 def num_visiting(banks: Sequence[BankDemand], available: int, held: Sequence[int]) -> int:
@@ -72,8 +73,12 @@ def num_visiting(banks: Sequence[BankDemand], available: int, held: Sequence[int
     """
     if _all_held(banks, held):
         return 0
-    wanted, left = 2 * max(bank.least_slots for bank in banks), available - device_bytes(banks, held)
-    return next((count for count in range(wanted, 1, -1) if visiting_bytes(banks, count) <= left), 1)
+    left = available - device_bytes(banks, held)
+    return next((count for count in range(_wanted_visiting(banks), 1, -1) if visiting_bytes(banks, count) <= left), 1)
+
+
+def _wanted_visiting(banks: Sequence[BankDemand]) -> int:
+    return 2 * max(bank.least_slots for bank in banks)
 
 
 def visiting_bytes(banks: Sequence[BankDemand], count: int) -> int:

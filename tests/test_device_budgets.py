@@ -76,7 +76,7 @@ def test_every_family_is_exact_and_within_its_budget_whatever_a_device_holds(
             assert tier.statistics().allocated_bytes + sum(plan.demand.device_fixed.values()) <= vram
         assert tokens == expected
         seen.append(logits)
-        held.append(plan.device_pinned_bytes + plan.device_bank_bytes_held)
+        held.append(plan.device_pinned_bytes + plan.device_bank_bytes)
         from_disk = plan.streamed_bytes_at(0)
         assert from_disk == 0 if ram == 1 else from_disk > 0 or ram > 0 or share > 0.5, (share, ram)
     assert np.abs(seen[0] - on_cpu).max() <= tolerance(name) * np.ptp(on_cpu)

@@ -22,7 +22,8 @@ from offload.engine import Engine
 from offload.errors import BudgetError, ClosedError, ContextError, StorageError, UsageError
 from offload.models.parts import movable_parts
 from offload.plan import Plan
-from offload.planning import full_budget, make_plan, minimum_budget
+from offload.planning import full_budget, make_plan, minimum_budget, minimum_device_budget
+from offload.shares import nbytes, ring_bytes
 from offload.trace import write_trace
 
 TOKENS = [int(token) for token in np.random.default_rng(0).integers(0, 90, 40)]
@@ -403,9 +404,9 @@ def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int 
 
     def plan(demand: Demand, _: int, device: int | None) -> Plan:
         assert demand.device_fixed is not None and device is not None
-        everything = sum(block.footprint for block in demand.blocks)
-        ring = minimum_budget(demand) - sum(demand.fixed.values())
-        vram = sum(demand.device_fixed.values()) + ring + int(vram_share * (everything - ring))
+        every = range(len(demand.blocks))
+        more = vram_share * (nbytes(demand, every) - ring_bytes(demand, every, 0.0))
+        vram = minimum_device_budget(demand) + int(more)
         return make_plan(demand, budget_at_share(demand, ram_share), min(vram, device))
 
     return plan

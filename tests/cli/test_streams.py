@@ -11,8 +11,9 @@ import pytest
 TESTS = str(Path(__file__).parents[1])
 ANSWER = "Emoji 🎉, Zoë \ud83d"
 SCRIPT = (
-    f"import sys; sys.path.insert(0, {TESTS!r}); from support.fake_engine import FakeEngine, FakeEngineModule\n"
+    f"import sys; sys.path.insert(0, {TESTS!r}); from support.fake_engine import FakeEngine, FakeEngineModule, with_budget\n"
     f"sys.modules['offload.engine'] = FakeEngineModule(FakeEngine({ANSWER!r}))\n"
+    "import offload.planning, offload.what_if; offload.planning.with_budget = offload.what_if.with_budget = with_budget\n"
     "from offload.cli.main import main; main()"
 )
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
