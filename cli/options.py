@@ -151,6 +151,18 @@ class PlanOptions:
         KVType, _memory("--kv-type", about="Element type of the KV cache. Default: f16.", env="OFFLOAD_KV_TYPE")
     ] = KVType.f16
 
+    kv_ram: Annotated[
+        str | None,
+        _memory(
+            "--kv-ram",
+            about="Memory for the KV cache; what is more lies on disk. Default: all of it, where --ram allows that.",
+            env="OFFLOAD_KV_RAM",
+        ),
+    ] = None
+    kv_dir: Annotated[
+        Path | None,
+        _memory("--kv-dir", about="Folder for what lies on disk. Default: the cache folder.", env="OFFLOAD_KV_DIR"),
+    ] = None
     host_compute: Annotated[
         AutoChoice,
         _memory(
@@ -169,6 +181,8 @@ class PlanOptions:
             "device": self.device,
             "threads": self.threads,
             "kv_type": self.kv_type.value,
+            "kv_ram": self.kv_ram,
+            "kv_dir": None if self.kv_dir is None else user_path(self.kv_dir),
             "host_compute": self.host_compute.value,
         }
 

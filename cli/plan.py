@@ -117,6 +117,11 @@ def verdict(plan: Plan) -> Iterator[str]:
         yield f"Experts are {how}: {format_size(plan.missed_bytes)} missed per token"
     for edge, bandwidth_bps in plan.edges.items():
         yield f"{edge}: {_crossing(plan, bandwidth_bps) if edge == 'ram->vram' else _moved(plan, bandwidth_bps)}"
+    if plan.demand.kv_streamed_bytes:
+        yield (
+            f"KV cache: {format_size(plan.kv_bytes)} of it in memory; {format_size(plan.demand.kv_streamed_bytes)} are read "
+            f"for a token at the end of the context"
+        )
     times = f"computing {format_duration(plan.compute_s)}, reading {format_duration(plan.stream_s)} per token"
     yield f"About {format_speed(plan.predicted_tps)}, bound by {plan.bound} ({times})"
     at_end = plan.predicted_tps_at(plan.ctx)

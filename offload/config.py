@@ -106,6 +106,8 @@ class LoadConfig:
         device: "auto", "cpu" (ggml), or a torch device such as "cuda:0" or "torch:cpu".
         threads: compute threads; None takes the physical cores that this process may use.
         kv_type: element type of the KV cache.
+        kv_ram: bytes of memory that it may take; what is more lies on disk. None: all of it, where the budget allows that.
+        kv_dir: folder for what lies on disk; None takes the user's cache folder.
         workers: reader threads of the NVMe tier; None takes `READ_WORKERS`, or `EXPERT_READ_WORKERS`.
         expert_policy: which expert makes room for another, by the names of `prefetch.policies`; "auto" takes what `offload
             tune` or a replay found best for this model, else the default.
@@ -126,6 +128,8 @@ class LoadConfig:
     device: str = "auto"
     threads: int | None = None
     kv_type: KVType = "f16"
+    kv_ram: int | None = None
+    kv_dir: Path | None = None
     workers: int | None = None
     expert_policy: str = "auto"
     prefetch: Prefetch = "auto"

@@ -66,6 +66,7 @@ class Demand:
         kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
             the cache's unused part cannot be lent.
         prompt_bytes: of the workspace, what only prompts use and give back; 0 where it cannot be lent.
+        kv_streamed_bytes: of the cache, what is read from disk for a token at the end of a full context.
     """
 
     blocks: tuple[BlockSpec, ...]
@@ -88,6 +89,7 @@ class Demand:
     kv_bucket_tokens: int = 1
     kv_bucket_bytes: int = 0
     prompt_bytes: int = 0
+    kv_streamed_bytes: int = 0
 
     def kv_used(self, tokens: int) -> int:
         """Bytes of the KV cache in use when it holds `tokens` positions."""
@@ -167,6 +169,7 @@ def make_demand(
     model: Model, *, ctx: int, in_parts: bool, kv_bytes: int, workspace_bytes: int, prompt_bytes: int,
     micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
     device_fixed: Mapping[str, int] | None = None, curves: Sequence[Curve] = (), shares: bool = False,
+    kv_streamed_bytes: int = 0,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -180,6 +183,7 @@ def make_demand(
         device_fixed: what is always on the device, when computing happens there.
         curves: how often experts hit, bank by bank, from a trace; see `BankDemand`.
         shares: whether the host computes beside a device.
+        kv_streamed_bytes: of the cache, what is read from disk for a token at the end of a full context.
     """
     blocks = model_blocks(model, in_parts=in_parts)
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
@@ -212,6 +216,7 @@ def make_demand(
         attention_s=attention_seconds(model, rates, ctx),
         fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
+        kv_streamed_bytes=kv_streamed_bytes,
         dense_bps=dense_rate(model, rates),
         expert_bps=expert_rate(model, rates),
         shared=_shared(model, blocks) if shares else frozenset(),

@@ -28,6 +28,7 @@ from offload.planning import minimum_device_budget
 from offload.prefetch.governor import WAYS, Governor
 from offload.processors import Processors, rows_on_device
 from offload.residency import Residency
+from offload.results import EdgeUse
 from offload.sharing import Sharing
 from offload.telemetry import Telemetry
 from offload.tiers.direct import DirectReader, Kvikio, load_kvikio
@@ -83,6 +84,16 @@ class DevicePlace:
             in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget,
             shares=shares,
         )  # fmt: skip
+
+    def spill(self, nbytes: int = 0) -> bool:
+        """See `Place.spill`: the cache is on the device."""
+        del nbytes
+        return False
+
+    @property
+    def kv_traffic(self) -> Mapping[str, EdgeUse]:
+        """See `Place.kv_traffic`."""
+        return {}
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         from offload.kernels.torch.backend import TorchBackend

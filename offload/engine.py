@@ -44,6 +44,8 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     kv_type: str = "f16",
+    kv_ram: str | int | None = None,
+    kv_dir: str | Path | None = None,
     workers: int | None = None,
     expert_policy: str = "auto",
     prefetch: str = "auto",
@@ -69,6 +71,7 @@ def load(
         BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
+                         kv_ram=kv_ram, kv_dir=kv_dir and Path(kv_dir),
                          workers=workers, expert_policy=expert_policy, prefetch=prefetch, host_compute=host_compute,
                          skip_experts_below=skip_experts_below, expert_pack=expert_pack and Path(expert_pack),
                          coarse_experts_below=coarse_experts_below, trace=trace)  # fmt: skip

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
+from platformdirs import user_cache_path
+
 from offload.blocks import BlockSpec, ExpertKey
-from offload.config import GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
+from offload.config import EXPERT_READ_WORKERS, GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
 from offload.demand import model_blocks
+from offload.errors import UsageError
 from offload.expert_bank import BankSpec, expert_banks
 from offload.expert_cache import ExpertCache
 from offload.expert_slots import ExpertBank
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
-from offload.kernels.ggml.cache import bucket_nbytes, buckets_of, cache_nbytes, num_tables
+from offload.kernels.ggml.cache import bucket_nbytes, buckets_of, table_keys
+from offload.kv_plan import CacheShare, CacheSizes, least_cache, share_cache
+from offload.kv_stream import TableLayout, TableStream
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model
 from offload.opening import Footprint, Opened
@@ -24,11 +29,13 @@ from offload.plan import Plan
 from offload.prefetch.governor import WAYS, Governor, pays_at_first
 from offload.prefetch.policies import make_eviction
 from offload.residency import Residency
+from offload.results import EdgeUse
 from offload.stream import BlockStream
 from offload.telemetry import Telemetry
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import CAN_DISCARD, Slab
+from offload.tiers.spill import SpillFile, SpillStorage
 from offload.units import PAGE, align_up
 
 
@@ -145,34 +152,68 @@ class HostPlace:
         self._host = HostMemory(stack, pack=opened.pack)
         self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
         stack.callback(self.backend.close)
+        bucket = bucket_nbytes(opened.model, config.kv_type)
+        self._sizes = CacheSizes(
+            layers=opened.model.config.num_layers, heads=opened.model.config.num_kv_heads,
+            table_bytes=buckets_of(opened.ctx) * bucket, bucket_bytes=bucket,
+        )  # fmt: skip
+        self._use(share_cache(self._sizes, config.kv_ram))
         self._cache: Slab | None = None
+        self.spill_file: SpillFile | None = None
+        self.spill_reader: NvmeReader | None = None
         self.experts: ExpertCache | None = None
         self.sharing: None = None
 
     def footprint(self) -> Footprint:
-        model, ctx = self._opened.model, self._opened.ctx
+        model = self._opened.model
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
         needs = self.backend.reserve()
-        kv = cache_nbytes(model, ctx, self._config.kv_type)
-        whole_pages = bucket_nbytes(model, self._config.kv_type) % PAGE == 0
+        share = self._share
         return Footprint(
             in_parts=True,
-            kv_bytes=kv,
+            kv_bytes=share.nbytes,
+            kv_streamed_bytes=share.streamed_bytes,
             workspace_bytes=needs.few,
             prompt_bytes=needs.prompt,
             micro_batch_bytes=needs.micro_batch,
-            lends=whole_pages and CAN_DISCARD and can_trim_heap(),
+            lends=self._has_whole_pages and CAN_DISCARD and can_trim_heap() and not share.streamed,
         )
+
+    def spill(self, nbytes: int = 0) -> bool:
+        """See `Place.spill`."""
+        nbytes = max(nbytes, least_cache(self._sizes))
+        if nbytes >= self._sizes.nbytes or not self._has_whole_pages:
+            return False
+        self._use(share_cache(self._sizes, nbytes))
+        return True
+
+    @property
+    def _has_whole_pages(self) -> bool:
+        """Whether the system can take, and a disk can hold, a bucket of each table by itself."""
+        return self._sizes.bucket_bytes % PAGE == 0
+
+    def _use(self, share: CacheShare) -> None:
+        if share.streamed and not self._has_whole_pages:
+            raise UsageError(
+                f"kv_ram: {KV_BUCKET} positions of this model's heads in {self._config.kv_type} are no whole pages of "
+                f"{PAGE} bytes, and cannot be kept on disk: choose another kv_type, or leave kv_ram out"
+            )
+        self._share = share
+        self.backend.stream_tables(share.streamed)
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         # a huge page would bring more of the cache into use than a bucket
         lends = plan.lends
-        cache = self._host.slab(plan.kv_bytes, huge_pages=not lends, prefault=not lends)
-        self.backend.place_cache(cache.address)
-        self._cache = cache if lends else None
+        resident = (self._sizes.layers - len(self._share.streamed)) * self._sizes.layer_bytes
+        if resident:
+            cache = self._host.slab(resident, huge_pages=not lends, prefault=not lends)
+            self.backend.place_cache(cache.address)
+            self._cache = cache if lends else None
+        tables = self._stream_tables() if self._share.streamed else None
         blocks = model_blocks(self._opened.model, in_parts=True)
         streamed = [block for block in blocks if block.key in plan.streamed]
-        residency = Residency(self.backend.place, self._host.stream(streamed, plan.ring_bytes, reader), telemetry)
+        stream = self._host.stream(streamed, plan.ring_bytes, reader)
+        residency = Residency(self.backend.place, stream, telemetry, tables)
         pinned = [block for block in blocks if block.key not in plan.streamed]
         if pinned:
             residency.pin(pinned, self._host.slab(plan.pinned_bytes), reader, report)
@@ -188,6 +229,25 @@ class HostPlace:
         )
         return residency
 
+    def _stream_tables(self) -> TableStream:
+        """Tables that pass through a ring, from a file that goes with the engine."""
+        sizes, streamed = self._sizes, sorted(self._share.streamed)
+        keys = [key for layer in streamed for key in table_keys(layer, sizes.heads)]
+        layout = TableLayout(len(keys), sizes.table_bytes // sizes.bucket_bytes, KV_BUCKET, sizes.bucket_bytes)
+        tails, ring = self._host.slab(layout.tails_nbytes), self._host.slab(self._share.ring_bytes)
+        self.spill_file = SpillFile(self._config.kv_dir or user_cache_path("offload"), len(keys) * sizes.table_bytes)
+        self._host.stack.callback(self.spill_file.close)
+        self.spill_reader = NvmeReader(SpillStorage(self.spill_file), [self.spill_file.path], EXPERT_READ_WORKERS)
+        self._host.stack.callback(self.spill_reader.close)
+        return TableStream(keys, layout, tails, ring, self.spill_file, self.spill_reader)
+
+    @property
+    def kv_traffic(self) -> Mapping[str, EdgeUse]:
+        """See `Place.kv_traffic`."""
+        if self.spill_reader is None or self.spill_file is None:
+            return {}
+        return {"kv: nvme->ram": self.spill_reader.statistics(), "kv: ram->nvme": self.spill_file.statistics()}
+
     @property
     def idle(self) -> IdleMemory | None:
         """The unused part of the cache, and what prompts leave behind."""
@@ -199,7 +259,7 @@ class HostPlace:
         """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tables."""
         nbytes = bucket_nbytes(self._opened.model, self._config.kv_type)
         table = buckets_of(self._opened.ctx) * nbytes
-        starts = range(0, num_tables(self._opened.model) * table, table)
+        starts = range(0, self._sizes.nbytes, table)
         return [Range(start + first * nbytes, (last - first) * nbytes) for start in starts]
 
     @property

@@ -6,6 +6,7 @@ Open, plan, allocate, read, in that order; the reverse order on close, or when a
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 
 from offload.backends import make_place
 from offload.borrowers import BlockBorrower, SlotBorrower
-from offload.config import EXPERT_READ_WORKERS, READ_WORKERS, LoadConfig
+from offload.config import EXPERT_READ_WORKERS, MINIMUM, READ_WORKERS, LoadConfig
 from offload.device_place import less_memory
 from offload.embedding import EmbeddingTable
 from offload.errors import AllocationError, BudgetError, DeviceError
@@ -63,7 +64,7 @@ class Runner:
             self._stack = self._stack.pop_all()
 
     def _load(self, place: Place, config: LoadConfig, storage: Storage, progress: Progress | None) -> None:
-        self.plan: Plan = plan_for(self.opened, config, place.footprint())
+        self.plan: Plan = plan_with_cache(self.opened, config, place)
         files = [*self.opened.checkpoint.files, *([self.opened.pack.path] if self.opened.pack is not None else [])]
         self.reader = NvmeReader(storage, files, workers_for(self.opened, config), on_read=self._on_read())
         self._stack.callback(self.reader.close)
@@ -74,6 +75,7 @@ class Runner:
         # readers end before the memory that they write into goes: close them first
         self._stack.callback(self.reader.close)
         self._open_table(storage)
+        self._place = place
         self.backend: Backend = place.backend
         self.scheduler = Scheduler(
             place.backend, residency, self.plan.streamed, self.telemetry, place.experts, place.sharing
@@ -106,6 +108,11 @@ class Runner:
         """Has passes guess what later layers will choose; None goes back to what reading ahead needs."""
         self.backend.set_foresight(self._own_foresight if foresight is None else foresight)
         self.scheduler.reschedule()
+
+    @property
+    def kv_traffic(self) -> Mapping[str, EdgeUse]:
+        """See `Place.kv_traffic`."""
+        return self._place.kv_traffic
 
     @property
     def disk_use(self) -> EdgeUse:
@@ -251,4 +258,24 @@ def plan_only(path: str | Path, config: LoadConfig) -> Plan:
     opened = open_model(path, config)
     with ExitStack() as stack:
         stack.callback(opened.close)
-        return plan_for(opened, config, make_place(opened, config, stack).footprint())
+        return plan_with_cache(opened, config, make_place(opened, config, stack))
+
+
+def plan_with_cache(opened: Opened, config: LoadConfig, place: Place) -> Plan:
+    """The plan; where the budget does not hold the whole KV cache, with as much of it as is left behind the weights.
+
+    What the cache does not use yet is lent to weights while it is in memory, so that is where it is if it can be.
+
+    Raises:
+        BudgetError: the budget is too small in any case.
+    """
+    try:
+        return plan_for(opened, config, place.footprint())
+    except BudgetError:
+        if config.kv_ram is not None or config.ram == MINIMUM or not place.spill():
+            raise
+    plan = plan_for(opened, config, place.footprint())
+    left = plan.budget_bytes - plan.used_bytes
+    if plan.streamed_bytes or plan.missed_bytes or left <= 0 or not place.spill(plan.kv_bytes + left):
+        return plan
+    return plan_for(opened, config, place.footprint())

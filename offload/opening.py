@@ -71,7 +71,8 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
     checkpoint = open_checkpoint(path)
     ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
     model = build_model(checkpoint, ctx)
-    _check_context(ctx, cache_nbytes(model, ctx, config.kv_type) + micro_batch_nbytes(model, ctx))
+    cache = 0 if device is None else cache_nbytes(model, ctx, config.kv_type)  # which may lie on disk
+    _check_context(ctx, cache + micro_batch_nbytes(model, ctx))
     return Opened(
         checkpoint=checkpoint,
         model=model,
@@ -132,6 +133,7 @@ class Footprint:
     """What a backend needs beside the matrices: bytes in host RAM, and by purpose on the device (None: no device).
 
     Attributes:
+        kv_streamed_bytes: of the cache, what is read from disk for a token at the end of a full context.
         in_parts: whether matrices move in parts by rows.
         workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition, and micro_batch_bytes
             that each of their micro-batches does.
@@ -141,6 +143,7 @@ class Footprint:
 
     in_parts: bool
     kv_bytes: int
+    kv_streamed_bytes: int = 0
     workspace_bytes: int
     prompt_bytes: int = 0
     micro_batch_bytes: int = 0
@@ -177,7 +180,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
             workspace_bytes=footprint.workspace_bytes, prompt_bytes=footprint.prompt_bytes,
             micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
             budget_bytes=budget, device_fixed=footprint.device_fixed, curves=curves,
-            shares=footprint.shares,
+            shares=footprint.shares, kv_streamed_bytes=footprint.kv_streamed_bytes,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from offload.expert_cache import ExpertCache
@@ -12,6 +12,7 @@ from offload.lending import IdleMemory
 from offload.opening import Footprint
 from offload.plan import Plan
 from offload.residency import Residency
+from offload.results import EdgeUse
 from offload.sharing import Sharing
 from offload.telemetry import Telemetry
 from offload.tiers.nvme import NvmeReader
@@ -23,6 +24,15 @@ class Place(Protocol):
     """One way to hold a model. Made before the plan (`footprint`), filled after it (`fill`)."""
 
     def footprint(self) -> Footprint: ...
+
+    def spill(self, nbytes: int = 0) -> bool:
+        """Has the KV cache take no more memory than this, or as little as it can; False where it takes all it ever does."""
+        ...
+
+    @property
+    def kv_traffic(self) -> Mapping[str, EdgeUse]:
+        """What of the cache was read from disk and written there, by edge; nothing where it is all in memory."""
+        ...
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
         """Allocates and reads what is pinned; whatever it makes is freed with the stack it was given."""

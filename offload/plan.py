@@ -129,7 +129,8 @@ class Plan:
     def streamed_bytes_at(self, position: int) -> int:
         """Bytes read from disk for one decoded token behind `position` others."""
         lent = sum(block.footprint for block in self.borrowers[: self.on_loan(position + 1)])
-        return self.streamed_bytes - lent + self.missed_bytes_at(position)
+        cached = int(self.demand.kv_streamed_bytes * min(1.0, position / self.ctx))
+        return self.streamed_bytes - lent + self.missed_bytes_at(position) + cached
 
     @property
     def expert_share(self) -> float:

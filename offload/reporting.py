@@ -27,7 +27,8 @@ class Usage(NamedTuple):
 
 def usage(runner: Runner) -> Usage:
     """The counters now."""
-    return Usage({"nvme->ram": runner.disk_use}, runner.telemetry.experts if runner.fetches_experts else None)
+    experts = runner.telemetry.experts if runner.fetches_experts else None
+    return Usage({"nvme->ram": runner.disk_use, **runner.kv_traffic}, experts)
 
 
 def report_totals(runner: Runner, *, kv_tokens: int) -> Statistics:

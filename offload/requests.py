@@ -12,16 +12,18 @@ from offload.errors import UsageError
 _SAMPLING: Final = frozenset(field.name for field in fields(SamplingConfig))
 
 
-def make_config(*, ram: str | int | None = None, vram: str | int | None = None, **options: Any) -> LoadConfig:
+def make_config(
+    *, ram: str | int | None = None, vram: str | int | None = None, kv_ram: str | int | None = None, **options: Any
+) -> LoadConfig:
     """A `LoadConfig` from the spellings that people use.
 
     Raises:
         UsageError: a value is not one.
     """
-    parsed_vram = LoadConfig.parse_ram(vram)
-    if parsed_vram == "minimum":
-        raise UsageError("vram: give a size such as 8GiB")
-    return LoadConfig(ram=LoadConfig.parse_ram(ram), vram=parsed_vram, **options)
+    parsed_vram, parsed_kv = LoadConfig.parse_ram(vram), LoadConfig.parse_ram(kv_ram)
+    if parsed_vram == "minimum" or parsed_kv == "minimum":
+        raise UsageError(f"{'vram' if parsed_vram == 'minimum' else 'kv_ram'}: give a size such as 8GiB")
+    return LoadConfig(ram=LoadConfig.parse_ram(ram), vram=parsed_vram, kv_ram=parsed_kv, **options)
 
 
 def make_request(options: Mapping[str, Any]) -> GenerationConfig:

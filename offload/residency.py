@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 from offload.blocks import BlockKey, BlockSpec, Extent
+from offload.kv_stream import TableStream
 from offload.stream import Arrival
 from offload.telemetry import Telemetry
 from offload.tiers.base import CancelToken, Handle, Reader
@@ -62,11 +63,17 @@ def _continues(run: _Run, block: BlockSpec) -> bool:
 
 
 class Residency:
-    """Pinned blocks in one slab, streamed ones in the ring of `stream` (None when nothing is streamed)."""
+    """Pinned blocks in one slab, streamed ones in the ring of `stream` (None when nothing is streamed).
 
-    def __init__(self, place: Place, stream: Stream | None, telemetry: Telemetry) -> None:
+    Tables of the KV cache pass through that of `tables`, whose keys are all of kind "kv".
+    """
+
+    def __init__(
+        self, place: Place, stream: Stream | None, telemetry: Telemetry, tables: TableStream | None = None
+    ) -> None:
         self._place = place
         self._stream = stream
+        self._tables = tables
         self._telemetry = telemetry
         self._pinned: dict[BlockKey, int] = {}
 
@@ -122,16 +129,27 @@ class Residency:
         telemetry.demands += pinned + len(streamed)
         telemetry.hits += pinned
         for key in streamed:
-            assert self._stream is not None
-            arrival = self._stream.acquire(key, cancel)
+            source = self._tables if key.kind == "kv" else self._stream
+            assert source is not None
+            arrival = source.acquire(key, cancel)
             telemetry.hits += arrival.was_ready
             self._place(key, arrival.address)
 
     def release(self, streamed: Sequence[BlockKey]) -> None:
         """The piece has run; its streamed blocks may be overwritten."""
-        if streamed:
-            assert self._stream is not None
-            self._stream.release(len(streamed))
+        for key in streamed:
+            source = self._tables if key.kind == "kv" else self._stream
+            assert source is not None
+            source.release(1)
+
+    def begin(self, start: int, stop: int) -> None:
+        """A pass over positions `[start, stop)` begins.
+
+        Raises:
+            StorageError: what an earlier pass added to the cache could not be written.
+        """
+        if self._tables is not None:
+            self._tables.begin(start, stop)
 
     def read_ahead(self) -> None:
         """Starts reading for the next pass."""
@@ -140,5 +158,6 @@ class Residency:
 
     def restart(self) -> None:
         """Begins the streamed cycle anew, after a pass that did not end."""
-        if self._stream is not None:
-            self._stream.restart()
+        for source in (self._stream, self._tables):
+            if source is not None:
+                source.restart()

@@ -17,7 +17,7 @@ from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS, KVType
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.ggml.backend import GgmlBackend
-from offload.kernels.ggml.cache import bucket_nbytes, cache_nbytes
+from offload.kernels.ggml.cache import bucket_nbytes, buckets_of, cache_nbytes, table_keys
 from offload.kernels.ggml.library import load_library
 from offload.kernels.ggml.workspace import Workspace
 from offload.kernels.torch.backend import TorchBackend, free_device_bytes
@@ -99,7 +99,9 @@ class Driven:
             self.kept += arrived
             for batch in range(len(batches)):
                 self.backend.run(number, batch)
-            for memory in arrived:
+            for key, memory in zip(piece.streamed, arrived, strict=True):
+                if key.kind == "kv":
+                    self.blocks[key] = memory.copy()
                 memory[:] = 0xFF
         logits: Array = self.backend.logits(len(batches) - 1) if batches[-1].outputs else np.empty((0, VOCAB))
         return logits
@@ -159,6 +161,16 @@ def make(model: Callable[[str], Model]) -> Iterator[Make]:
     for driven in opened:
         driven.backend.close()
         driven.backend.close()  # nothing is left to free
+
+
+def stream_tables(driven: Host, layers: set[int]) -> None:
+    """From now on the cache of these layers arrives head by head, and is empty."""
+    driven.backend.stream_tables(layers)
+    driven.backend.place_cache(driven.cache.ctypes.data)
+    nbytes = buckets_of(CTX) * bucket_nbytes(driven.model, "f16")
+    for layer in layers:
+        keys = table_keys(layer, driven.model.config.num_kv_heads)
+        driven.blocks |= {key: np.zeros(nbytes, np.uint8) for key in keys}
 
 
 both = pytest.mark.parametrize("kind", [Host, Device])
@@ -247,6 +259,23 @@ def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
 
 
 # ---- ggml
+
+
+@pytest.mark.parametrize("weights", [0, 2], ids=["weights stay", "weights arrive"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2", "phi3"])
+def test_tables_that_arrive_head_by_head_give_the_bits_of_a_cache_that_stays(
+    make: Make, family: str, weights: int
+) -> None:
+    driven, plain = make(Host, family, "f16"), make(Host, family, "f16")
+    passes = (PROMPT, *((step,) for step in STEPS))
+    expected = [plain.forward(*batches) for batches in passes]
+    for layers in ({1}, {0, 2}, {0, 1, 2}):
+        stream_tables(driven, layers)
+        tables = [key for key in driven.blocks if key.kind == "kv" and key.layer in layers]
+        matrices = [key for key in driven.blocks if key.kind == "weight"][:: weights or 10**9]
+        driven.stream([*tables, *matrices])
+        assert [key for piece in driven.pieces for key in piece.streamed if key.kind == "kv"] == sorted(tables)
+        assert all(np.array_equal(driven.forward(*passes[i]), expected[i]) for i in range(len(passes)))
 
 
 def test_nothing_is_computed_past_the_last_attention_for_a_batch_without_outputs(make: Make) -> None:

@@ -25,6 +25,7 @@ class FakeDemand:
     """What of `offload.demand.Demand` is asked for."""
 
     disk_bps: float = 1.5e9
+    kv_streamed_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from offload.elements import F16, F32
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.anchor import Anchor
-from offload.kernels.ggml.cache import KVCache
+from offload.kernels.ggml.cache import KVCache, num_tables, table_keys
 from offload.kernels.ggml.expert_layers import ExpertLayers
 from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.library import (
@@ -36,6 +36,7 @@ from offload.kernels.ggml.library import (
 )
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, Node
 from offload.kernels.ggml.pieces import Cutter, cut_passes
+from offload.kernels.ggml.table_attention import TENSORS_PER_HEAD, Attended, Moving, head_nodes
 from offload.kernels.ggml.weights import Weights
 from offload.kernels.ggml.workspace import Graph, Workspace, WorkspaceNeeds
 from offload.models.base import Model
@@ -65,6 +66,9 @@ class GgmlBackend:
         self._prompts: list[Workspace[Graph]] = [
             Workspace(self._lib)
         ]  # one for each micro-batch: a pass leaves several unfinished at a time
+        self._tables: dict[int, tuple[BlockKey, ...]] = {}
+        self._table_addresses: dict[BlockKey, int] = {}
+        self._pieces: list[Piece] = []
         self._cancel: CancelToken | None = None
         self._inputs: list[BatchInputs] = []
         self._hidden = np.empty(0, np.float32)
@@ -74,13 +78,20 @@ class GgmlBackend:
 
     # ---- memory
 
+    def stream_tables(self, layers: AbstractSet[int]) -> None:
+        """The caches of these layers arrive during passes, by `table_keys`; before the others are placed."""
+        self._tables = {layer: table_keys(layer, self._model.config.num_kv_heads) for layer in sorted(layers)}
+
     def place_cache(self, address: int) -> None:
         """See `KVCache.place`."""
-        self._cache.place(address)
+        self._cache.place(address, self._tables.keys())
 
     def place(self, key: BlockKey, address: int) -> None:
-        """A matrix, or a part of one, now lies at `address`."""
-        self._weights.place(key, address)
+        """A matrix, or a part of one, or a table of the cache, now lies at `address`."""
+        if key.kind == "kv":
+            self._table_addresses[key] = address
+        else:
+            self._weights.place(key, address)
 
     def place_vector(self, name: str, values: Floats) -> None:
         """Gives vector `name` its values, float32; kept alive here."""
@@ -98,7 +109,8 @@ class GgmlBackend:
         """See `Backend.schedule`."""
         self._forget_graphs()
         self._weights.schedule(streamed)
-        return cut_passes(self._model, self._weights.keys, streamed, self._experts.fetched)
+        self._pieces = cut_passes(self._model, self._weights.keys, streamed, self._experts.fetched, self._tables)
+        return self._pieces
 
     def reserve(self) -> WorkspaceNeeds:
         """Builds the largest graphs once, so that no later one needs more, and tells what they need."""
@@ -157,6 +169,9 @@ class GgmlBackend:
             self._point(graph, batch)
         if piece >= len(graph.pieces):
             return 0.0  # nothing of this batch is wanted past the last attention
+        for key in self._pieces[piece].streamed if graph.tables else ():
+            for cell, offset in graph.tables.get(key, ()):
+                cell.value = self._table_addresses[key] + offset
         start = perf_counter()
         status = self._lib.ggml_backend_graph_compute(self._backend, graph.pieces[piece])
         kernels_s = perf_counter() - start
@@ -271,7 +286,9 @@ class GgmlBackend:
         stages = model.stages if inputs.batch.outputs else model.stages[: model.first_output_stage]
         looks = self._experts.foresight.looks(inputs.batch.num_tokens)
         context, graph = self._empty_graph(
-            TENSORS_PER_STAGE * (len(stages) * (1 + looks) + 1) + self._weights.num_parts
+            TENSORS_PER_STAGE * (len(stages) * (1 + looks) + 1)
+            + self._weights.num_parts
+            + TENSORS_PER_HEAD * num_tables(model, len(self._tables))
         )
         leaves, outputs = self._leaves(context, inputs), len(inputs.outputs)
         tokens, hidden_size = inputs.batch.num_tokens, model.config.hidden_size
@@ -285,6 +302,7 @@ class GgmlBackend:
             weight=self._weights.tensor, out_features=lambda name: model.matrices[name].shape[-2],
             on_linear=cutter.note, kv=self._cache.layers, inputs=leaves, num_outputs=outputs, kv_length=inputs.kv_length,
             experts=self._experts.recorder(number, graph, cutter.end_piece),
+            streamed=self._tables.keys(), on_attention=cutter.note_attention,
         )  # fmt: skip
         x = Node(hidden, (tokens, hidden_size), hidden_size * 4)
         logits = []
@@ -299,8 +317,15 @@ class GgmlBackend:
                 x = result
         lib.ggml_build_forward_expand(graph, x.tensor)
         workspace.allocate(graph)
-        contexts, pieces = cutter.cut(self._weights.part_tensor, self._weights.part)
-        return Graph((context, *contexts), pieces, cells, masks, hidden_cell, logits, cutter.followers)
+        tables: dict[BlockKey, tuple[Moving, ...]] = {}
+
+        def nodes_of(one: Attended, head: int) -> Sequence[int]:
+            made = head_nodes(lib, context, one, self._cache.form, head)
+            tables[self._tables[one.layer][head]] = made.cells
+            return made.nodes
+
+        contexts, pieces = cutter.cut(self._weights.part_tensor, self._weights.part, nodes_of)
+        return Graph((context, *contexts), pieces, cells, masks, hidden_cell, logits, cutter.followers, tables)
 
     def _empty_graph(self, capacity: int) -> tuple[int, int]:
         """A context for `capacity` tensors, and a graph in it."""

@@ -11,15 +11,18 @@ of keys, rows are keys. Holds no memory: the tensors are pointed at what `place`
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Set as AbstractSet
 
 import numpy as np
 
+from offload.blocks import BlockKey
 from offload.config import KV_BUCKET, KVType
 from offload.elements import element_type
 from offload.kernels.batch import Bytes
 from offload.kernels.ggml.anchor import Anchor
 from offload.kernels.ggml.library import Library
 from offload.kernels.ggml.ops import KVTensors
+from offload.kernels.ggml.table_attention import TableForm
 from offload.models.base import Model
 from offload.units import align_up
 
@@ -33,6 +36,7 @@ class KVCache:
 
     def __init__(self, library: Library, anchor: Anchor, model: Model, ctx: int, kv_type: KVType) -> None:
         self._lib = library
+        self._elsewhere: frozenset[int] = frozenset()
         config, element = model.config, element_type(kv_type.upper())
         self._heads, self._rows = config.num_kv_heads, buckets_of(ctx) * KV_BUCKET
         self._row_nbytes = row_nbytes(model, kv_type)
@@ -40,6 +44,10 @@ class KVCache:
         self._context = library.context((count + 1) * library.ggml_tensor_overhead())
         self._cells: list[list[ctypes.c_uint64]] = []
         self._starts = [0, element.row_bytes(config.cache_dims[0])][: len(config.cache_dims)]  # of each in a row
+        self._form = TableForm(
+            element, config.cache_dims[0], config.cache_dims[-1] if self._starts[-1] else _value_dim(model),
+            self._starts[-1], self._row_nbytes,
+        )  # fmt: skip
         self.layers: list[KVTensors] = []
         table = self._rows * self._row_nbytes
         for _ in range(config.num_layers):
@@ -53,18 +61,27 @@ class KVCache:
             value = tensors[1] if len(tensors) > 1 else None
             self.layers.append(KVTensors(tensors[0], value, self._row_nbytes, table))
 
-    def place(self, address: int) -> None:
+    @property
+    def form(self) -> TableForm:
+        """How the tables lie."""
+        return self._form
+
+    def place(self, address: int, elsewhere: AbstractSet[int]) -> None:
         """Puts the cache at `address`: page-aligned, `cache_nbytes` long, zeroed (masked keys are still multiplied).
 
-        Before the first pass: graphs hold the address.
+        Before the first pass: graphs hold the address. The tables of layers that are `elsewhere` take no memory.
         """
-        for cells in self._cells:
+        self._elsewhere = frozenset(elsewhere)
+        for layer, cells in enumerate(self._cells):
+            if layer in elsewhere:
+                continue
             for cell, start in zip(cells, self._starts, strict=True):
                 cell.value = address + start
             address += self._heads * self._rows * self._row_nbytes
 
     def rows(self, layer: int, start: int, stop: int) -> Bytes:
         """Positions `[start, stop)` of a layer as stored, [num_kv_heads, positions, bytes of a row]: a view."""
+        assert layer not in self._elsewhere, layer
         nbytes = self._heads * self._rows * self._row_nbytes
         memory = (ctypes.c_uint8 * nbytes).from_address(self._cells[layer][0].value)
         table = np.ctypeslib.as_array(memory).reshape(self._heads, self._rows, self._row_nbytes)
@@ -75,14 +92,23 @@ class KVCache:
         self._lib.ggml_free(self._context)
 
 
-def cache_nbytes(model: Model, ctx: int, kv_type: KVType) -> int:
-    """Bytes of the cache for `ctx` tokens (rounded up to the KV bucket)."""
-    return num_tables(model) * buckets_of(ctx) * bucket_nbytes(model, kv_type)
+def cache_nbytes(model: Model, ctx: int, kv_type: KVType, layers: int | None = None) -> int:
+    """Bytes of the cache of so many layers, or all, for `ctx` tokens (rounded up to the KV bucket)."""
+    return num_tables(model, layers) * buckets_of(ctx) * bucket_nbytes(model, kv_type)
 
 
-def num_tables(model: Model) -> int:
+def num_tables(model: Model, layers: int | None = None) -> int:
     """One for each head of each layer."""
-    return model.config.num_layers * model.config.num_kv_heads
+    return (model.config.num_layers if layers is None else layers) * model.config.num_kv_heads
+
+
+def _value_dim(model: Model) -> int:
+    return model.config.head_dim if model.config.value_dim is None else model.config.value_dim
+
+
+def table_keys(layer: int, heads: int) -> tuple[BlockKey, ...]:
+    """The names of a layer's tables, as blocks that move."""
+    return tuple(BlockKey("kv", layer, f"blk.{layer}.cache", head) for head in range(heads))
 
 
 def bucket_nbytes(model: Model, kv_type: KVType) -> int:

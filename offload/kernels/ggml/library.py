@@ -217,8 +217,12 @@ class Library:
         """Lets the matrix `node` stand in a graph for some columns of `original`: rows as far apart, and marked alike."""
         ours, theirs = ((c_uint64 * 4).from_address(tensor + self.strides_offset) for tensor in (node, original))
         ours[1], ours[2], ours[3] = theirs[1], theirs[1] * num_rows, theirs[1] * num_rows
-        mark, marks = (c_uint32.from_address(tensor + self.flags_offset) for tensor in (node, original))
-        mark.value = marks.value
+        self.mark(node, original)
+
+    def mark(self, node: int, original: int) -> None:
+        """Has the node computed as one that was put into a graph in the ordinary way."""
+        ours, theirs = (c_uint32.from_address(tensor + self.flags_offset) for tensor in (node, original))
+        ours.value = theirs.value
 
     def set_matrix_stride(self, tensor: int, stride: int, count: int) -> None:
         """Lets the `count` matrices of a tensor lie `stride` bytes apart."""
@@ -229,6 +233,19 @@ class Library:
         """Lets the rows of a tensor's `count` matrices lie `row` bytes apart, and the matrices `matrix` bytes."""
         strides = (c_uint64 * 4).from_address(tensor + self.strides_offset)
         strides[1], strides[2], strides[3] = row, matrix, matrix * count
+
+    def strides(self, tensor: int) -> tuple[int, ...]:
+        """How many bytes the next element, row, matrix, and stack of matrices of a tensor are away."""
+        return tuple((c_uint64 * 4).from_address(tensor + self.strides_offset))
+
+    def widen(self, node: int, num_heads: int) -> None:
+        """Lets the result of attention for some heads lie among those of `num_heads`."""
+        sizes, strides = (
+            (c_uint64 * 4).from_address(tensor)
+            for tensor in (node + self.strides_offset - 32, node + self.strides_offset)
+        )
+        sizes[1] = num_heads
+        strides[2] = strides[3] = strides[1] * num_heads
 
     def gated_unit(self, context: int, gate: int, up: int, activation: Activation) -> int:
         """`Ops.glu` of two tensors, as a node."""

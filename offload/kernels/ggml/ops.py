@@ -6,6 +6,7 @@ The order of operations is llama.cpp's, so that the same file gives the same bit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from itertools import accumulate
 from typing import NamedTuple, Protocol
 
@@ -13,6 +14,7 @@ from offload.elements import F32
 from offload.kernels.ggml.experts import expert_nodes
 from offload.kernels.ggml.library import FLOAT_BYTES, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
 from offload.kernels.ggml.routing import Choice, Recorder
+from offload.kernels.ggml.table_attention import Attended
 from offload.kernels.ops import Activation, Attention, Rope, Routing
 from offload.models.base import ExpertLayer
 
@@ -83,7 +85,8 @@ class Experts(Protocol):
 
 class GgmlOps:
     """Records one graph. `weight(name)` gives the ggml tensor of a matrix or vector, `out_features(name)` its rows,
-    `kv[layer]` the caches; `on_linear(name, product, factor, num_tokens)` is told every product with a matrix."""
+    `kv[layer]` the caches; `on_linear(name, product, factor, num_tokens)` is told every product with a matrix, and
+    `on_attention` every attention of the layers in `streamed`, whose tables pass through a ring."""
 
     def __init__(
         self,
@@ -99,6 +102,8 @@ class GgmlOps:
         num_outputs: int,
         kv_length: int,
         experts: Experts | None = None,
+        streamed: AbstractSet[int] = frozenset(),
+        on_attention: Callable[[Attended], None] = lambda _: None,
     ) -> None:
         self._lib = library
         self._ctx = context
@@ -111,6 +116,8 @@ class GgmlOps:
         self._num_outputs = num_outputs
         self._kv_length = kv_length
         self._experts_or_none = experts
+        self._streamed = streamed
+        self._on_attention = on_attention
         self._recorder = Recorder(library, context, graph)
         self._choices: dict[int, Choice] = {}
         self._latest = 0
@@ -211,6 +218,10 @@ class GgmlOps:
     def attention(self, query: Node, key: Node, value: Node, attention: Attention) -> Node:
         """Stores key and value, then flash attention over the first `kv_length` positions of the layer's cache."""
         lib, ctx, cache = self._lib, self._ctx, self._kv[attention.layer]
+        streamed = attention.layer in self._streamed
+        for node in (query, key, value) if streamed else ():
+            lib.ggml_build_forward_expand(self._graph, node.tensor)
+        first = lib.ggml_graph_n_nodes(self._graph)
         self._store(cache.key, key)
         if cache.value is not None:
             self._store(cache.value, value)
@@ -228,6 +239,20 @@ class GgmlOps:
         if attention.sinks is not None:
             lib.ggml_flash_attn_ext_add_sinks(tensor, self._weight(attention.sinks))
         lib.ggml_prec_set_acc(tensor, PREC_F32)
+        if streamed:
+            lib.ggml_build_forward_expand(self._graph, tensor)
+            for fresh in (key, value):  # never computed: their memory is not given away before the last head is stored
+                lib.ggml_build_forward_expand(self._graph, lib.ggml_sum_rows(ctx, fresh.tensor))
+            self._on_attention(
+                Attended(
+                    layer=attention.layer, first=first, end=lib.ggml_graph_n_nodes(self._graph), query=query.tensor,
+                    key=key.tensor, value=value.tensor, whole=tensor, rows=self._inputs.rows,
+                    mask=self._inputs.masks[attention.window],
+                    sinks=None if attention.sinks is None else self._weight(attention.sinks), scale=attention.scale,
+                    softcap=attention.softcap or 0.0, num_tokens=num_tokens, num_heads=num_heads,
+                    num_kv_heads=key.shape[1], kv_length=self._kv_length,
+                )
+            )  # fmt: skip
         features = num_heads * dim
         return self._dense(lib.ggml_reshape_2d(ctx, tensor, features, num_tokens), (num_tokens, features))
 

@@ -16,13 +16,16 @@ import ctypes
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
+from types import MappingProxyType
 from typing import NamedTuple
 
 from offload.blocks import BlockKey
 from offload.kernels.batch import Piece
 from offload.kernels.ggml.library import FLOAT_BYTES, Library
+from offload.kernels.ggml.table_attention import Attended
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
+from offload.models.order import order_of
 
 
 class Part(NamedTuple):
@@ -59,15 +62,21 @@ def cut_passes(
     keys: Mapping[str, Sequence[BlockKey]],
     streamed: AbstractSet[BlockKey],
     fetched: AbstractSet[int] = frozenset(),
+    tables: Mapping[int, Sequence[BlockKey]] = MappingProxyType({}),
 ) -> list[Piece]:
     """The pieces of every pass: one before the first block that has to arrive, then one for each.
 
     Args:
-        fetched: layers whose experts have to be brought.
+        fetched: layers whose experts have to be brought. tables: of the layers whose cache has to arrive, by layer.
     """
     pieces = [Piece(f"{model.stages[0].name} ..", 0, ())]
     for stage in model.stages:
-        for name in stage.matrices:
+        for name in order_of(stage):
+            if name is None:
+                pieces += [Piece(str(key), 0, (key,)) for key in tables.get(stage.layer, ())]
+                if stage.layer in tables:
+                    pieces.append(Piece(f"{stage.name} ..", 0, ()))
+                continue
             for key in keys[name]:
                 if key in streamed:
                     pieces.append(Piece(str(key), 0, (key,)))
@@ -95,7 +104,7 @@ class Cutter:
         self._context = context
         self._graph = graph
         self._forms = forms
-        self._products: list[_Product] = []
+        self._products: list[_Product | Attended] = []
         self._breaks: list[int] = []
         self.followers: list[Follower] = []
 
@@ -107,6 +116,10 @@ class Cutter:
             index = self._lib.ggml_graph_n_nodes(self._graph) - 1
             self._products.append(_Product(index, name, product, factor, num_tokens))
 
+    def note_attention(self, attended: Attended) -> None:
+        """The tables of a layer have to arrive, one after the other."""
+        self._products.append(attended)
+
     def end_piece(self) -> None:
         """What is in the graph so far is run, then others have a say, then comes the rest."""
         index = self._lib.ggml_graph_n_nodes(self._graph)
@@ -114,12 +127,13 @@ class Cutter:
             self._breaks.append(index)
 
     def cut(
-        self, tensor_of: Callable[[BlockKey], int], info_of: Callable[[BlockKey], TensorInfo]
-    ) -> tuple[list[int], list[int]]:
+        self, tensor_of: Callable[[BlockKey], int], info_of: Callable[[BlockKey], TensorInfo],
+        head_of: Callable[[Attended, int], Sequence[int]] = lambda *_: (),
+    ) -> tuple[list[int], list[int]]:  # fmt: skip
         """The pieces as graphs, in order, and the contexts that hold them.
 
         Args:
-            tensor_of: the ggml tensor of a part. info_of: its description.
+            tensor_of: the ggml tensor of a part. info_of: its description. head_of: the nodes for a head of keys.
         """
         if not self._products and not self._breaks:
             return [], [self._graph]
@@ -127,6 +141,13 @@ class Cutter:
         pieces: list[list[int]] = [[]]
         done, breaks = 0, deque(self._breaks)
         for product in self._products:
+            if isinstance(product, Attended):
+                done = self._break_before(product.first, breaks, pieces, nodes, done)
+                pieces[-1] += nodes[done : product.first]
+                pieces += [list(head_of(product, head)) for head in range(product.num_kv_heads)]
+                pieces.append([])
+                done = product.end
+                continue
             done = self._break_before(product.node, breaks, pieces, nodes, done)
             pieces[-1] += nodes[done : product.node]
             first_row = 0

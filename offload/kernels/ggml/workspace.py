@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import ctypes
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, Generic, NamedTuple, Protocol, TypeVar
 
+from offload.blocks import BlockKey
 from offload.errors import BackendError
 from offload.kernels.ggml.library import Library
 from offload.kernels.ggml.pieces import Follower
+from offload.kernels.ggml.table_attention import Moving
 
 MAX_GRAPHS: Final = 4  # full and last micro-batches, for this KV bucket and the one before
 
@@ -32,7 +34,7 @@ class Graph:
 
     Attributes:
         contexts: ggml's memory for the graph's description.
-        logits: results of the head's parts, in order.
+        logits: results of the head's parts, in order. tables: what moves with a table of the cache.
     """
 
     contexts: tuple[int, ...]
@@ -42,6 +44,7 @@ class Graph:
     hidden: ctypes.c_uint64
     logits: list[ctypes.c_uint64]
     followers: Sequence[Follower]
+    tables: Mapping[BlockKey, tuple[Moving, ...]]
 
 
 class Cached(Protocol):
