@@ -29,7 +29,7 @@ from offload.telemetry import Telemetry
 from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import CAN_DISCARD, Slab
-from offload.units import PAGE, align_up
+from offload.units import align_up
 
 
 @dataclass(slots=True)
@@ -143,7 +143,7 @@ class HostPlace:
         self._opened = opened
         self._config = config
         self._host = HostMemory(stack, pack=opened.pack)
-        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
+        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_types=config.kv_types)
         stack.callback(self.backend.close)
         self._cache: Slab | None = None
         self.experts: ExpertCache | None = None
@@ -153,15 +153,14 @@ class HostPlace:
         model, ctx = self._opened.model, self._opened.ctx
         self.backend.schedule(frozenset(block.key for block in model_blocks(model, in_parts=True)))
         needs = self.backend.reserve()
-        kv = cache_nbytes(model, ctx, self._config.kv_type)
-        whole_pages = bucket_nbytes(model, self._config.kv_type) % PAGE == 0
+        kv = cache_nbytes(model, ctx, self._config.kv_types)
         return Footprint(
             in_parts=True,
             kv_bytes=kv,
             workspace_bytes=needs.few,
             prompt_bytes=needs.prompt,
             micro_batch_bytes=needs.micro_batch,
-            lends=whole_pages and CAN_DISCARD and can_trim_heap(),
+            lends=CAN_DISCARD and can_trim_heap(),
         )
 
     def fill(self, plan: Plan, reader: NvmeReader, telemetry: Telemetry, report: Report | None) -> Residency:
@@ -197,7 +196,7 @@ class HostPlace:
 
     def _cache_ranges(self, first: int, last: int) -> list[Range]:
         """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tables."""
-        nbytes = bucket_nbytes(self._opened.model, self._config.kv_type)
+        nbytes = bucket_nbytes(self._opened.model, self._config.kv_types)
         table = buckets_of(self._opened.ctx) * nbytes
         starts = range(0, num_tables(self._opened.model) * table, table)
         return [Range(start + first * nbytes, (last - first) * nbytes) for start in starts]
