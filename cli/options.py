@@ -59,7 +59,10 @@ class KVType(str, Enum):
     """Element types of the KV cache."""
 
     f16 = "f16"
+    bf16 = "bf16"
     f32 = "f32"
+    q8_0 = "q8_0"
+    q4_0 = "q4_0"
 
 
 class AutoChoice(str, Enum):
@@ -148,8 +151,33 @@ class PlanOptions:
         _memory("--threads", "-t", about="Compute threads. Default: as many as cores.", env="OFFLOAD_THREADS"),
     ] = None
     kv_type: Annotated[
-        KVType, _memory("--kv-type", about="Element type of the KV cache. Default: f16.", env="OFFLOAD_KV_TYPE")
+        KVType,
+        _memory(
+            "--kv-type",
+            about="Element type of the KV cache: f16, bf16, f32, or on the CPU q8_0 or q4_0. Default: f16.",
+            env="OFFLOAD_KV_TYPE",
+        ),
     ] = KVType.f16
+    kv_type_k: Annotated[
+        KVType | None,
+        _memory(
+            "--kv-type-k",
+            "--cache-type-k",
+            "-ctk",
+            about="Element type of keys alone. Default: --kv-type.",
+            env="OFFLOAD_KV_TYPE_K",
+        ),
+    ] = None
+    kv_type_v: Annotated[
+        KVType | None,
+        _memory(
+            "--kv-type-v",
+            "--cache-type-v",
+            "-ctv",
+            about="Element type of values alone. Default: --kv-type.",
+            env="OFFLOAD_KV_TYPE_V",
+        ),
+    ] = None
 
     kv_ram: Annotated[
         str | None,
@@ -181,6 +209,8 @@ class PlanOptions:
             "device": self.device,
             "threads": self.threads,
             "kv_type": self.kv_type.value,
+            "kv_type_k": None if self.kv_type_k is None else self.kv_type_k.value,
+            "kv_type_v": None if self.kv_type_v is None else self.kv_type_v.value,
             "kv_ram": self.kv_ram,
             "kv_dir": None if self.kv_dir is None else user_path(self.kv_dir),
             "host_compute": self.host_compute.value,

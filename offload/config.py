@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
+from offload.elements import KVTypes, kv_types
 from offload.errors import UsageError
 from offload.units import KIB, MIB, parse_size
 
-KVType = Literal["f16", "f32"]
+KVType = Literal["f16", "bf16", "f32", "q8_0", "q4_0"]
 Prefetch = Literal["auto", "on", "off"]
 HostCompute = Literal["auto", "on", "off"]
 MINIMUM: Final = "minimum"
@@ -105,7 +106,8 @@ class LoadConfig:
         ctx: context length in tokens; None takes the model's own, at most 4096.
         device: "auto", "cpu" (ggml), or a torch device such as "cuda:0" or "torch:cpu".
         threads: compute threads; None takes the physical cores that this process may use.
-        kv_type: element type of the KV cache.
+        kv_type: element type of the KV cache. kv_type_k, kv_type_v: of its keys and of its values alone, where that is
+            another. Quantized ones need the CPU's kernels. Models with latent attention keep no values.
         kv_ram: bytes of memory that it may take; what is more lies on disk. None: all of it, where the budget allows that.
         kv_dir: folder for what lies on disk; None takes the user's cache folder.
         workers: reader threads of the NVMe tier; None takes `READ_WORKERS`, or `EXPERT_READ_WORKERS`.
@@ -128,6 +130,8 @@ class LoadConfig:
     device: str = "auto"
     threads: int | None = None
     kv_type: KVType = "f16"
+    kv_type_k: KVType | None = None
+    kv_type_v: KVType | None = None
     kv_ram: int | None = None
     kv_dir: Path | None = None
     workers: int | None = None
@@ -147,8 +151,11 @@ class LoadConfig:
         ):
             if value is not None:
                 _check_number(name, value, 1, most, whole=True)
-        if self.kv_type not in ("f16", "f32"):
-            raise UsageError(f"kv_type={self.kv_type!r}: choose f16 or f32")
+        for name, kind in (("kv_type", self.kv_type), ("kv_type_k", self.kv_type_k), ("kv_type_v", self.kv_type_v)):
+            if kind not in get_args(KVType) and (kind is not None or name == "kv_type"):
+                raise UsageError(
+                    f"{name}={kind!r}: choose {', '.join(get_args(KVType)[:-1])} or {get_args(KVType)[-1]}"
+                )
         _check_number("skip_experts_below", self.skip_experts_below, 0.0, 1.0, whole=False)
         _check_number("coarse_experts_below", self.coarse_experts_below, 0.0, 1.0, whole=False)
         if self.coarse_experts_below and self.expert_pack is None:
@@ -159,6 +166,11 @@ class LoadConfig:
         for name, way in (("prefetch", self.prefetch), ("host_compute", self.host_compute)):
             if way not in ("auto", "on", "off"):
                 raise UsageError(f"{name}={way!r}: choose auto, on or off")
+
+    @property
+    def kv_types(self) -> KVTypes:
+        """How keys and values are stored."""
+        return kv_types(self.kv_type_k or self.kv_type, self.kv_type_v or self.kv_type)
 
     @staticmethod
     def parse_ram(ram: str | int | None) -> int | Literal["minimum"] | None:

@@ -73,7 +73,7 @@ class DevicePlace:
             self._experts_here = HostExperts(self._opened.model, self._opened.threads)
             self._stack.callback(self._experts_here.close)
         fixed = TorchBackend.device_nbytes(
-            self._opened.model, self._opened.ctx, self._config.kv_type, micro_batch_tokens(self._opened),
+            self._opened.model, self._opened.ctx, self._config.kv_types, micro_batch_tokens(self._opened),
             self._opened.device,
         )  # fmt: skip
         budget = self._config.vram if self._config.vram is not None else free_device_bytes(self._opened.device)
@@ -107,7 +107,7 @@ class DevicePlace:
         )
         self._stack.callback(self._tier.close)
         self._backend = TorchBackend(
-            opened.model, opened.ctx, self._tier, threads=opened.threads, kv_type=self._config.kv_type,
+            opened.model, opened.ctx, self._tier, threads=opened.threads, kv_types=self._config.kv_types,
             helper=None if self._experts_here is None else Helper(
                 self._experts_here, Processors(link_bps=demand.link_bps, host_bps=demand.expert_bps)),
         )  # fmt: skip

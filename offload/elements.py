@@ -6,7 +6,7 @@ Numbers and names are those of `ggml.h` (enum ggml_type); sizes are checked agai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from offload.errors import UnsupportedError
 
@@ -79,6 +79,14 @@ F32: Final = BY_NAME["F32"]
 F16: Final = BY_NAME["F16"]
 BF16: Final = BY_NAME["BF16"]
 
+
+class KVTypes(NamedTuple):
+    """How the KV cache stores keys, and values where it keeps any."""
+
+    key: ElementType
+    value: ElementType
+
+
 INTEGER_OR_DOUBLE: Final = frozenset({"I8", "I16", "I32", "I64", "F64"})
 """Types a file may hold and no weight matrix may use."""
 
@@ -93,3 +101,12 @@ def element_type(name: str) -> ElementType:
         return BY_NAME[name.upper()]
     except KeyError:
         raise UnsupportedError(f"element type {name!r} is not one of {', '.join(sorted(BY_NAME))}") from None
+
+
+def kv_types(key: str, value: str | None = None) -> KVTypes:
+    """The types of these names; values are stored as keys are unless named.
+
+    Raises:
+        UnsupportedError: no such type.
+    """
+    return KVTypes(element_type(key), element_type(key if value is None else value))

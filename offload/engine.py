@@ -44,6 +44,8 @@ def load(
     device: str = "auto",
     threads: int | None = None,
     kv_type: str = "f16",
+    kv_type_k: str | None = None,
+    kv_type_v: str | None = None,
     kv_ram: str | int | None = None,
     kv_dir: str | Path | None = None,
     workers: int | None = None,
@@ -63,6 +65,7 @@ def load(
         ram: bytes for the whole process: "3GiB", a number, "minimum", or None for what the machine has free.
         device: "auto" is a CUDA card where one can be used, else the CPU; or "cpu", "cuda", "cuda:1", "torch:cpu".
         vram: bytes on the device, for torch devices.
+        kv_type: of the KV cache: "f16", "bf16", "f32", "q8_0" or "q4_0"; kv_type_k and kv_type_v name keys and values apart.
         progress: called as `progress(phase, done, total)` with bytes while weights are read.
         storage: how files are opened; tests inject faults here.
 
@@ -71,7 +74,7 @@ def load(
         BudgetError: the budget is too small; its `minimum_bytes` would do. StorageError: the disk failed.
     """
     config = make_config(ram=ram, vram=vram, ctx=ctx, device=device, threads=threads, kv_type=kv_type,
-                         kv_ram=kv_ram, kv_dir=kv_dir and Path(kv_dir),
+                         kv_type_k=kv_type_k, kv_type_v=kv_type_v, kv_ram=kv_ram, kv_dir=kv_dir and Path(kv_dir),
                          workers=workers, expert_policy=expert_policy, prefetch=prefetch, host_compute=host_compute,
                          skip_experts_below=skip_experts_below, expert_pack=expert_pack and Path(expert_pack),
                          coarse_experts_below=coarse_experts_below, trace=trace)  # fmt: skip

@@ -11,7 +11,6 @@ from platformdirs import user_cache_path
 from offload.blocks import BlockSpec, ExpertKey
 from offload.config import EXPERT_READ_WORKERS, GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
 from offload.demand import model_blocks
-from offload.errors import UsageError
 from offload.expert_bank import BankSpec, expert_banks
 from offload.expert_cache import ExpertCache
 from offload.expert_slots import ExpertBank
@@ -36,7 +35,7 @@ from offload.tiers.heap import can_trim_heap
 from offload.tiers.nvme import NvmeReader
 from offload.tiers.ram import CAN_DISCARD, Slab
 from offload.tiers.spill import SpillFile, SpillStorage
-from offload.units import PAGE, align_up
+from offload.units import align_up
 
 
 @dataclass(slots=True)
@@ -150,9 +149,9 @@ class HostPlace:
         self._opened = opened
         self._config = config
         self._host = HostMemory(stack, pack=opened.pack)
-        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_type=config.kv_type)
+        self.backend = GgmlBackend(opened.model, opened.ctx, threads=opened.threads, kv_types=config.kv_types)
         stack.callback(self.backend.close)
-        bucket = bucket_nbytes(opened.model, config.kv_type)
+        bucket = bucket_nbytes(opened.model, config.kv_types)
         self._sizes = CacheSizes(
             layers=opened.model.config.num_layers, heads=opened.model.config.num_kv_heads,
             table_bytes=buckets_of(opened.ctx) * bucket, bucket_bytes=bucket,
@@ -176,28 +175,18 @@ class HostPlace:
             workspace_bytes=needs.few,
             prompt_bytes=needs.prompt,
             micro_batch_bytes=needs.micro_batch,
-            lends=self._has_whole_pages and CAN_DISCARD and can_trim_heap() and not share.streamed,
+            lends=CAN_DISCARD and can_trim_heap() and not share.streamed,
         )
 
     def spill(self, nbytes: int = 0) -> bool:
         """See `Place.spill`."""
         nbytes = max(nbytes, least_cache(self._sizes))
-        if nbytes >= self._sizes.nbytes or not self._has_whole_pages:
+        if nbytes >= self._sizes.nbytes:
             return False
         self._use(share_cache(self._sizes, nbytes))
         return True
 
-    @property
-    def _has_whole_pages(self) -> bool:
-        """Whether the system can take, and a disk can hold, a bucket of each table by itself."""
-        return self._sizes.bucket_bytes % PAGE == 0
-
     def _use(self, share: CacheShare) -> None:
-        if share.streamed and not self._has_whole_pages:
-            raise UsageError(
-                f"kv_ram: {KV_BUCKET} positions of this model's heads in {self._config.kv_type} are no whole pages of "
-                f"{PAGE} bytes, and cannot be kept on disk: choose another kv_type, or leave kv_ram out"
-            )
         self._share = share
         self.backend.stream_tables(share.streamed)
 
@@ -257,7 +246,7 @@ class HostPlace:
 
     def _cache_ranges(self, first: int, last: int) -> list[Range]:
         """Where the cache keeps buckets `[first, last)`: a run of rows in each of its tables."""
-        nbytes = bucket_nbytes(self._opened.model, self._config.kv_type)
+        nbytes = bucket_nbytes(self._opened.model, self._config.kv_types)
         table = buckets_of(self._opened.ctx) * nbytes
         starts = range(0, self._sizes.nbytes, table)
         return [Range(start + first * nbytes, (last - first) * nbytes) for start in starts]

@@ -13,8 +13,8 @@ import psutil
 from offload.config import MICRO_BATCH_TOKENS, LoadConfig
 from offload.demand import Demand, make_demand, micro_batch_nbytes
 from offload.device_choice import choose_device
-from offload.elements import element_type
-from offload.errors import BudgetError, UsageError
+from offload.elements import KVTypes
+from offload.errors import BudgetError, UnsupportedError, UsageError
 from offload.kernels.ggml.cache import cache_nbytes
 from offload.kernels.ggml.probe import PROBE_BYTES
 from offload.models.base import Model
@@ -71,7 +71,8 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
     checkpoint = open_checkpoint(path)
     ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
     model = build_model(checkpoint, ctx)
-    cache = 0 if device is None else cache_nbytes(model, ctx, config.kv_type)  # which may lie on disk
+    _check_kv_types(config.kv_types, model, device)
+    cache = 0 if device is None else cache_nbytes(model, ctx, config.kv_types)  # which may lie on disk
     _check_context(ctx, cache + micro_batch_nbytes(model, ctx))
     return Opened(
         checkpoint=checkpoint,
@@ -97,6 +98,24 @@ def _check_context(ctx: int, needed: int) -> None:
             budget_bytes=machine,
             minimum_bytes=needed,
         )
+
+
+def _check_kv_types(types: KVTypes, model: Model, device: str | None) -> None:
+    """
+    Raises:
+        UnsupportedError: a type that the device's attention does not read, or whose blocks do not divide a head.
+    """
+    for what, element, dims in zip(("keys", "values"), types, model.config.cache_dims, strict=False):
+        name = f"a KV cache with {what} of {element.name.lower()}"
+        if device is not None and element.is_quantized:
+            raise UnsupportedError(
+                f"{name}: device {device} computes with f16, bf16 or f32; choose one of them by --kv-type, or --device cpu"
+            )
+        if dims % element.block_elements:
+            raise UnsupportedError(
+                f"{name}: a head of them has {dims} features (head_dim), not a multiple of {element.block_elements}; choose "
+                "f16, bf16 or f32 by --kv-type"
+            )
 
 
 def torch_device(config: LoadConfig) -> str | None:
@@ -163,7 +182,7 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
     rates = machine_rates(
         opened.checkpoint,
         opened.model,
-        element_type(config.kv_type.upper()),
+        config.kv_types,
         opened.threads,
         PROBE_BYTES if roomy_probe else _SMALL_PROBE_BYTES,
         opened.device,

@@ -17,7 +17,7 @@ from typing import Final
 import psutil
 
 from offload.demand import Rates
-from offload.elements import ElementType, element_type
+from offload.elements import KVTypes, element_type
 from offload.errors import StorageError
 from offload.kernels.ggml.probe import PROBE_BYTES, measure_attention, measure_kernel
 from offload.machine import MachineProfile, device_id, host_fingerprint, load_machine, save_machine
@@ -33,7 +33,7 @@ HOST_COPY_BPS: Final = 8e9  # `torch:cpu` stands in for a card
 
 
 def machine_rates(
-    checkpoint: Checkpoint, model: Model, kv_element: ElementType, threads: int, probe_bytes: int = PROBE_BYTES,
+    checkpoint: Checkpoint, model: Model, kv_types: KVTypes, threads: int, probe_bytes: int = PROBE_BYTES,
     device: str | None = None,
 ) -> Rates:  # fmt: skip
     """The rates for this model: its disk, the CPU kernels of its element types, attention in its shape.
@@ -62,7 +62,7 @@ def machine_rates(
         kernel_bps=kernels,
         device_bps=_device_rates(device, names),
         link_bps=link_bps,
-        attention_s=measure_attention(model.config, kv_element, threads, seconds=KERNEL_PROBE_S),
+        attention_s=measure_attention(model.config, kv_types, threads, seconds=KERNEL_PROBE_S),
     )
 
 

@@ -16,7 +16,7 @@ from offload import demand
 from offload.blocks import Extent
 from offload.config import MICRO_BATCH_TOKENS
 from offload.demand import MAX_MICRO_BATCHES, QUIET_READING, Demand, Rates, logits_rows, model_blocks
-from offload.elements import BY_NAME
+from offload.elements import BY_NAME, kv_types
 from offload.kernels.ggml.cache import cache_nbytes
 from offload.models.base import Model, ModelConfig, Vector
 from offload.models.checkpoint import open_checkpoint
@@ -71,7 +71,7 @@ CONTEXTS = st.integers(1, 8192)
 
 def demand_of(model: Model, ctx: int, kv_type: str = "f16", **options: Any) -> Demand:
     needs: Mapping[str, Any] = {
-        "in_parts": True, "kv_bytes": cache_nbytes(model, ctx, kv_type), "workspace_bytes": 3 * MIB,  # type: ignore[arg-type]
+        "in_parts": True, "kv_bytes": cache_nbytes(model, ctx, kv_types(kv_type)), "workspace_bytes": 3 * MIB,
         "prompt_bytes": 20 * MIB, "micro_batch_bytes": MIB, "lends": True, "base_bytes": 50 * MIB, "rates": RATES,
         "budget_bytes": None,
     }  # fmt: skip
@@ -134,7 +134,7 @@ def test_budgets_grow_with_the_context_and_with_the_cache_s_type(model: Model, a
         assert full_budget(less) <= full_budget(more)
         assert minimum_budget(less) <= full_budget(less)
     half, full = (demand_of(model, long, kv_type, in_parts=in_parts) for kv_type in ("f16", "f32"))
-    caches = [align_up(cache_nbytes(model, long, kv_type)) for kv_type in ("f16", "f32")]  # type: ignore[arg-type]
+    caches = [align_up(cache_nbytes(model, long, kv_types(kv_type))) for kv_type in ("f16", "f32")]
     assert minimum_budget(full) - minimum_budget(half) == full_budget(full) - full_budget(half) == caches[1] - caches[0]
 
 

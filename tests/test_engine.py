@@ -18,6 +18,7 @@ from support.gguf_checkpoints import SIZES_FOR_K_QUANTS, gguf_checkpoint
 
 import offload
 from offload.demand import Demand
+from offload.elements import element_type
 from offload.engine import Engine
 from offload.errors import BudgetError, ClosedError, ContextError, StorageError, UsageError
 from offload.models.parts import movable_parts
@@ -145,22 +146,69 @@ def test_logits_agree_with_transformers(tiny: Path) -> None:
     assert np.abs(ours - theirs).max() <= 1e-4 * (theirs.max() - theirs.min())
 
 
-def test_the_demo_model_gives_llama_cpps_bits(demo: Path, engine: Engine) -> None:
+PAIRS = [("f16", "f16"), ("bf16", "bf16"), ("q8_0", "q8_0"), ("q4_0", "q4_0"), ("q8_0", "q4_0")]
+
+
+@pytest.mark.parametrize(("key", "value"), PAIRS)
+def test_the_demo_model_has_llama_cpps_bits_for_every_cache_and_budget(
+    demo: Path, key: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of the cache is lent at the smallest budget. F32 has no peer: llama.cpp makes it F16 before attention."""
+    seen = []
+    for share in (0, 1):
+        monkeypatch.setattr("offload.opening.make_plan", budget_at(share))
+        with offload.load(demo, ctx=600, kv_type_k=key, kv_type=value) as engine:
+            assert engine.plan.lends == (share == 0)
+            prompt = engine.tokenize("The capital of France is")
+            tokens = engine.generate(prompt, max_tokens=12, temperature=0, ignore_eos=True).tokens
+            long = engine.generate([5 + 31 * n % 4000 for n in range(300)], max_tokens=3, temperature=0, logprobs=50)
+            seen.append((tokens, engine.logits([*prompt, *tokens[:-1]])[-1], long.logprobs))
+            threads = engine._runner.opened.threads
+    assert seen[0][::2] == seen[1][::2] and np.array_equal(seen[0][1], seen[1][1])
+    expected, logits = greedy_of_llama_cpp(demo, prompt, 12, key, value, threads)
+    assert list(seen[0][0]) == expected
+    assert np.array_equal(seen[0][1], logits)
+
+
+def greedy_of_llama_cpp(
+    path: Path, prompt: list[int], count: int, key: str, value: str, threads: int
+) -> tuple[list[int], np.ndarray]:
+    """Tokens, and the logits that the last one was chosen from."""
     import llama_cpp
 
-    prompt = engine.tokenize("The capital of France is")
-    peer = llama_cpp.Llama(
-        str(demo), n_ctx=512, n_threads=engine._runner.opened.threads, flash_attn=True, verbose=False
-    )
+    types = {"type_k": element_type(key).ggml_id, "type_v": element_type(value).ggml_id}
+    peer = llama_cpp.Llama(str(path), n_ctx=600, n_threads=threads, flash_attn=True, verbose=False, **types)
     peer.eval(prompt)
-    expected = []
-    for _ in range(24):
+    tokens: list[int] = []
+    while True:
         logits = np.ctypeslib.as_array(peer._ctx.get_logits(), shape=(peer.n_vocab(),)).copy()
-        expected.append(int(logits.argmax()))
-        peer.eval(expected[-1:])
-    answer = engine.generate(prompt, max_tokens=24, temperature=0, ignore_eos=True)
-    assert list(answer.tokens) == expected
-    peer.close()
+        tokens.append(int(logits.argmax()))
+        if len(tokens) == count:
+            peer.close()
+            return tokens, logits
+        peer.eval(tokens[-1:])
+
+
+def test_cache_types_that_cannot_be_are_refused_in_one_line(demo: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^kv_type_v='q6_K': choose f16, bf16, f32, q8_0 or q4_0$"):
+        offload.load(demo, kv_type_v="q6_K")
+    narrow = tiny_checkpoint("llama", tmp_path)
+    said = "a head of them has 16 features \\(head_dim\\), not a multiple of 32; choose f16, bf16 or f32 by --kv-type"
+    with pytest.raises(UsageError, match=f"^a KV cache with values of q4_0: {said}$"):
+        offload.load(narrow, kv_type_v="q4_0")
+    with pytest.raises(UsageError, match=r"^a KV cache with keys of q8_0: device cpu computes with f16, bf16 or f32;"):
+        offload.load(demo, kv_type_k="q8_0", device="torch:cpu")
+
+
+@pytest.mark.parametrize(("family", "value"), [("llama", "bf16"), ("deepseek_v2", "q8_0")])
+def test_a_device_takes_keys_and_values_of_different_types(family: str, value: str, tmp_path: Path) -> None:
+    """Latent attention keeps no values, so that theirs is any."""
+    narrow = gguf_checkpoint(family, tmp_path)
+    logits = []
+    for options in ({}, {"device": "torch:cpu"}):
+        with offload.load(narrow, ctx=64, kv_type="f32", kv_type_v=value, **options) as engine:
+            logits.append(engine.logits(TOKENS))
+    assert np.abs(logits[0] - logits[1]).max() <= 1e-3 * np.ptp(logits[0])
 
 
 def test_a_stream_says_what_generate_says(engine: Engine) -> None:

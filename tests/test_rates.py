@@ -11,7 +11,7 @@ from support.checkpoints import tiny_checkpoint
 
 from offload.config import LoadConfig
 from offload.demand import compute_seconds, dense_rate
-from offload.elements import F16, ElementType
+from offload.elements import ElementType, kv_types
 from offload.errors import StorageError
 from offload.machine import MachineProfile, load_machine, save_machine
 from offload.opening import Opened, open_model
@@ -47,7 +47,9 @@ class Home:
     def rates(self, opened: Opened, threads: int | None = None, device: str | None = None):
         """Rates, and what was probed for them."""
         self.probes.clear()
-        made = machine_rates(opened.checkpoint, opened.model, F16, threads or default_threads(), device=device)
+        made = machine_rates(
+            opened.checkpoint, opened.model, kv_types("f16"), threads or default_threads(), device=device
+        )
         return made, dict(self.probes)
 
 

@@ -99,6 +99,8 @@ def test_the_command_plans_without_loading(invoke, engine_module, model):
             "device": "auto",
             "threads": None,
             "kv_type": "f16",
+            "kv_type_k": None,
+            "kv_type_v": None,
             "kv_ram": None,
             "kv_dir": None,
             "host_compute": "auto",

@@ -64,6 +64,15 @@ def test_flag_beats_variable_and_variable_beats_default(invoke, engine_module, m
     assert (load["path"], load["ram"], load["ctx"], load["kv_type"]) == (model, "minimum", 512, "f16")
 
 
+def test_keys_and_values_have_llama_cpps_names(invoke, engine_module, model):
+    for names in (("-ctk", "-ctv"), ("--cache-type-k", "--cache-type-v"), ("--kv-type-k", "--kv-type-v")):
+        invoke("run", model, "-p", "x", "--kv-type", "bf16", names[0], "q8_0", names[1], "q4_0", "-c", 512)
+        load = engine_module.loads.pop()
+        assert (load["ctx"], load["kv_type"], load["kv_type_k"], load["kv_type_v"]) == (512, "bf16", "q8_0", "q4_0")
+    result = invoke("run", model, "-p", "x", "-ctk", "q6_K")
+    assert result.exit_code == 2 and "q6_K" in result.stderr
+
+
 def test_stats_go_to_stderr(invoke, engine_module, model):
     result = invoke("run", model, "-p", "x", "--stats")
     assert result.stdout == ANSWER + "\n"

@@ -13,7 +13,8 @@ from support.checkpoints import tiny_checkpoint
 from support.running import PlainRunner, read_vector, relative_error
 
 from offload.blocks import BlockKey
-from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS, KVType
+from offload.config import FEW_TOKENS, MICRO_BATCH_TOKENS
+from offload.elements import KVTypes, kv_types
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.ggml.backend import GgmlBackend
@@ -108,18 +109,18 @@ class Driven:
 
 
 class Host(Driven):
-    def __init__(self, model: Model, kv_type: KVType) -> None:
-        self.cache = aligned(cache_nbytes(model, CTX, kv_type))
-        backend = GgmlBackend(model, CTX, threads=2, kv_type=kv_type)
+    def __init__(self, model: Model, types: KVTypes) -> None:
+        self.cache = aligned(cache_nbytes(model, CTX, types))
+        backend = GgmlBackend(model, CTX, threads=2, kv_types=types)
         backend.place_cache(self.cache.ctypes.data)
         super().__init__(model, backend)
 
 
 class Device(Driven):
-    def __init__(self, model: Model, kv_type: KVType) -> None:
+    def __init__(self, model: Model, types: KVTypes) -> None:
         whole = replace(model, parts={name: (matrix,) for name, matrix in model.matrices.items()})
         self.tier = DeviceTier("cpu", 48 * MIB)
-        super().__init__(whole, TorchBackend(whole, CTX, self.tier, threads=2, kv_type=kv_type))
+        super().__init__(whole, TorchBackend(whole, CTX, self.tier, threads=2, kv_types=types))
 
     def room(self, nbytes: int) -> tuple[Array, int]:
         offset = self.tier.allocate(nbytes)
@@ -147,14 +148,15 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
 
 
 Make = Callable[..., Any]
+F32 = kv_types("f32")
 
 
 @pytest.fixture
 def make(model: Callable[[str], Model]) -> Iterator[Make]:
     opened: list[Driven] = []
 
-    def make(kind: type[Host] | type[Device], family: str = "llama", kv_type: KVType = "f32") -> Driven:
-        opened.append(kind(model(family), kv_type))
+    def make(kind: type[Host] | type[Device], family: str = "llama", types: KVTypes = F32) -> Driven:
+        opened.append(kind(model(family), types))
         return opened[-1]
 
     yield make
@@ -167,7 +169,7 @@ def stream_tables(driven: Host, layers: set[int]) -> None:
     """From now on the cache of these layers arrives head by head, and is empty."""
     driven.backend.stream_tables(layers)
     driven.backend.place_cache(driven.cache.ctypes.data)
-    nbytes = buckets_of(CTX) * bucket_nbytes(driven.model, "f16")
+    nbytes = buckets_of(CTX) * bucket_nbytes(driven.model, kv_types("f16"))
     for layer in layers:
         keys = table_keys(layer, driven.model.config.num_kv_heads)
         driven.blocks |= {key: np.zeros(nbytes, np.uint8) for key in keys}
@@ -176,14 +178,16 @@ def stream_tables(driven: Host, layers: set[int]) -> None:
 both = pytest.mark.parametrize("kind", [Host, Device])
 
 
-@pytest.mark.parametrize(("kv_type", "tolerance"), [("f32", 1e-4), ("f16", 2e-3)])
+# f16 is off by 2^-11 of a number at most; bf16 by 8 times that, q8_0 and q4_0 by 8 and 128 times, of the largest of a block
+TOLERANCES = {"f32": 1e-4, "f16": 2e-3, "bf16": 16e-3, "q8_0": 16e-3, "q4_0": 0.25}
+
+
+@pytest.mark.parametrize("kv_type", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen2"])
-def test_both_backends_give_the_logits_of_the_plainest_engine(
-    make: Make, family: str, kv_type: KVType, tolerance: float
-) -> None:
-    seen = []
+def test_both_backends_give_the_logits_of_the_plainest_engine(make: Make, family: str, kv_type: str) -> None:
+    seen, tolerance = [], TOLERANCES[kv_type]
     for kind in (Host, Device):
-        driven = make(kind, family, kv_type)
+        driven = make(kind, family, kv_types(kv_type))
         driven.stream(list(driven.blocks)[::2])
         seen.append(torch.from_numpy(np.concatenate([driven.forward(*PROMPT), *map(driven.forward, STEPS)])))
     expected = driven.plain.logits(TOKENS[:259])[[253, 100, 107, *range(254, 259)]]
@@ -242,17 +246,35 @@ def test_a_pass_that_is_cancelled_in_the_middle_can_be_begun_again(make: Make, k
     assert np.array_equal(logits, expected)
 
 
-@both
-@pytest.mark.parametrize(("kv_type", "nbytes"), [("f16", 2), ("f32", 4)])
+@pytest.mark.parametrize("key", TOLERANCES)
+@pytest.mark.parametrize("value", TOLERANCES)
+def test_a_smaller_cache_costs_no_more_than_its_types_round(make: Make, key: str, value: str) -> None:
+    logits = []
+    for types in (F32, kv_types(key, value)):
+        driven = make(Host, types=types)
+        driven.stream(list(driven.blocks)[::2])
+        logits.append(torch.from_numpy(np.concatenate([driven.forward(*PROMPT), *map(driven.forward, STEPS)])))
+    assert relative_error(logits[1], logits[0]) < max(TOLERANCES[key], TOLERANCES[value])
+
+
+# of keys and values, and what a row takes with 32 features of each: 34 + 18 is no multiple of the 16 that whole pages need
+ROWS = (("f16", "f16", 128), ("f32", "f32", 256), ("bf16", "f32", 192), ("q8_0", "q8_0", 80), ("q8_0", "q4_0", 64),
+        ("q4_0", "f32", 160))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "value", "nbytes"),
+    [(Host, *row) for row in ROWS] + [(Device, *row) for row in ROWS if "q" not in row[0]],
+)
 def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
-    make: Make, kind: type[Driven], kv_type: KVType, nbytes: int
+    make: Make, kind: type[Driven], key: str, value: str, nbytes: int
 ) -> None:
-    driven, other = make(kind, kv_type=kv_type), make(kind, kv_type=kv_type)
+    driven, other = (make(kind, types=kv_types(key, value)) for _ in range(2))
     *_, expected = map(driven.forward, (MicroBatch(0, 40), step := MicroBatch(40, 1, (0,))))
     for layer in range(LAYERS):
         for start, stop in ((0, 25), (25, 40)):
             rows = driven.backend.cached_rows(layer, start, stop)
-            assert rows.shape == (2, stop - start, 2 * 32 * nbytes)  # heads, positions, key and value
+            assert rows.shape == (2, stop - start, nbytes)  # heads, positions
             other.backend.restore_rows(layer, start, rows)
     driven.forward(MicroBatch(0, 40))  # what was given is a copy
     assert np.array_equal(other.forward(step), expected)
@@ -266,7 +288,7 @@ def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
 def test_tables_that_arrive_head_by_head_give_the_bits_of_a_cache_that_stays(
     make: Make, family: str, weights: int
 ) -> None:
-    driven, plain = make(Host, family, "f16"), make(Host, family, "f16")
+    driven, plain = make(Host, family, kv_types("f16")), make(Host, family, kv_types("f16"))
     passes = (PROMPT, *((step,) for step in STEPS))
     expected = [plain.forward(*batches) for batches in passes]
     for layers in ({1}, {0, 2}, {0, 1, 2}):
@@ -333,13 +355,16 @@ def test_what_was_reserved_is_enough_for_every_later_graph(make: Make) -> None:
     assert [workspace.nbytes for workspace in workspaces] == [few, prompt]
 
 
-@pytest.mark.parametrize(("kv_type", "nbytes"), [("f16", 2), ("f32", 4)])
-def test_the_cache_lies_where_it_was_put_table_by_table_and_can_move(make: Make, kv_type: KVType, nbytes: int) -> None:
-    driven = make(Host, kv_type=kv_type)
-    bucket = 256 * 2 * 32 * nbytes  # tokens, key and value, features of a head
-    assert bucket_nbytes(driven.model, kv_type) == bucket
-    assert cache_nbytes(driven.model, 256, kv_type) == LAYERS * 2 * bucket  # heads
-    assert cache_nbytes(driven.model, 257, kv_type) == driven.cache.nbytes == LAYERS * 2 * 2 * bucket
+@pytest.mark.parametrize(("key", "value", "nbytes"), ROWS)
+def test_the_cache_lies_where_it_was_put_table_by_table_and_can_move(
+    make: Make, key: str, value: str, nbytes: int
+) -> None:
+    types = kv_types(key, value)
+    driven = make(Host, types=types)
+    bucket = 256 * nbytes
+    assert bucket_nbytes(driven.model, types) == bucket and bucket % PAGE == 0
+    assert cache_nbytes(driven.model, 256, types) == LAYERS * 2 * bucket  # heads
+    assert cache_nbytes(driven.model, 257, types) == driven.cache.nbytes == LAYERS * 2 * 2 * bucket
     driven.forward(MicroBatch(0, 40))
     rows = driven.cache.reshape(LAYERS * 2, 2 * 256, bucket // 256)
     assert rows[:, :40].any(-1).all() and not rows[:, 40:].any()
@@ -363,9 +388,9 @@ def test_a_kernel_that_fails_is_an_error(make: Make, monkeypatch: pytest.MonkeyP
 
 
 def test_torch_tells_what_it_takes_beside_the_matrices(make: Make) -> None:
-    driven = make(Device, "qwen2", "f16")
-    needs = TorchBackend.device_nbytes(driven.model, CTX, "f16", MICRO_BATCH_TOKENS, "cpu")
-    assert needs["kv"] == driven.backend._cache.nbytes == 2 * LAYERS * CTX * 2 * 32 * 2
+    driven = make(Device, "qwen2", types := kv_types("f16", "f32"))
+    needs = TorchBackend.device_nbytes(driven.model, CTX, types, MICRO_BATCH_TOKENS, "cpu")
+    assert needs["kv"] == driven.backend._cache.nbytes == LAYERS * CTX * 2 * 32 * (2 + 4)
     assert needs["vectors"] == sum(vector.nbytes for vector in driven.backend._vectors.values()) > 0
 
 

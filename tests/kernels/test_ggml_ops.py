@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,16 @@ import pytest
 from support.ggml_leaves import Leaves
 from support.ropes import ropes
 
-from offload.elements import F16, F32, ElementType
+from offload.elements import F16, F32, ElementType, kv_types
 from offload.kernels.batch import MicroBatch
+from offload.kernels.ggml.cache import KVCache, cache_nbytes
+from offload.kernels.ggml.dequantize import dequantize
 from offload.kernels.ggml.inputs import BatchInputs, bucket
 from offload.kernels.ggml.ops import GgmlOps, GraphInputs, KVTensors, Node
 from offload.kernels.ggml.workspace import Workspace
 from offload.kernels.ops import Activation, Attention
+from offload.models.base import ModelConfig
+from offload.units import align_up
 
 Array = np.ndarray[Any, Any]
 TOKENS, HEADS, KV_HEADS, DIM, CTX = 5, 4, 2, 16, 512
@@ -52,6 +57,7 @@ class Kernels(Leaves):
         *arrays: Array,
         batch: MicroBatch = BATCH,
         caches: Mapping[str, list[Array]] | None = None,
+        kv: Sequence[KVTensors] = (),
         window: int | None = None,
     ) -> list[Array]:
         """The results of `record(ops, *nodes)`, where nodes are the arrays, [num_tokens, features] each."""
@@ -65,7 +71,7 @@ class Kernels(Leaves):
             weight={name: self.leaf(context, values) for name, values in WEIGHTS.items()}.__getitem__,
             out_features=lambda name: WEIGHTS[name].shape[0],
             on_linear=lambda *told: self.products.append(told),
-            kv=[KVTensors(*(self.leaf(context, cache) for cache in pair), *pair[0].strides[1::-1]) for pair in pairs],
+            kv=kv or [KVTensors(*(self.leaf(context, cache) for cache in pair), *pair[0].strides[1::-1]) for pair in pairs],
             inputs=GraphInputs(
                 *(self.leaf(context, array) for array in (inputs.positions, inputs.rows, inputs.outputs)),
                 masks={window: self.leaf(context, inputs.masks[window])},
@@ -232,3 +238,63 @@ def test_attention_over_cache_and_batch(
     for cache, expected in zip((caches["key"], caches["value"]), stored, strict=True):
         assert np.array_equal(cache[1][:, : bounds[-1]], expected.swapaxes(0, 1))
         assert not cache[1][:, bounds[-1] :].any() and not cache[0].any()
+
+
+# how far a number in the cache can be from what was stored, of the largest of its block: half of a last bit; half of a step
+# and the scale's own half bit; a whole step at the one end that four bits lack
+ROUNDING = {"f32": 0.0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 0.5 / 127 + 2**-11, "q4_0": 1 / 8 + 2**-11}
+# ggml rounds the query as keys are, and to eight bits for both quantized types
+OF_QUERY = {"f32": 1e-4, "f16": 2e-3, "bf16": 8e-3, "q8_0": 2e-2, "q4_0": 2e-2}
+
+
+def rotated(x: Array, order: int) -> Array:
+    """Each `order` features of the last dimension times the orthonormal Hadamard matrix, in float64."""
+    signs = np.array([[(-1.0) ** (i & j).bit_count() for i in range(order)] for j in range(order)])
+    return (x.astype(np.float64).reshape(-1, order) @ signs).reshape(x.shape) / math.sqrt(order)
+
+
+@pytest.mark.parametrize("dim", [32, 128, 192], ids=lambda dim: f"dim{dim}")
+@pytest.mark.parametrize("value", ROUNDING)
+@pytest.mark.parametrize("key", ROUNDING)
+def test_attention_over_a_cache_of_any_types(kernels: Kernels, key: str, value: str, dim: int) -> None:
+    """Against what the cache holds, which is against what was stored: rotated first where it is quantized and can be."""
+    types = kv_types(key, value)
+    config = ModelConfig(
+        architecture="", num_layers=2, hidden_size=1, num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=dim,
+        intermediate_size=1, vocab_size=1, context_length=CTX, sliding_windows=(None,) * 2,
+    )  # fmt: skip
+    model: Any = SimpleNamespace(config=config)
+    memory = np.zeros(cache_nbytes(model, CTX, types), np.uint8)
+    cache = KVCache(kernels.lib, kernels.anchor, model, CTX, types)
+    cache.place(memory.ctypes.data)
+    attention = Attention(layer=1, scale=dim**-0.5)
+    bounds = (0, 5, 6, 100, 101, 300, 301)
+    query, both = random(bounds[-1], HEADS * dim), random(bounds[-1], 2 * KV_HEADS * dim)
+
+    def record(ops: GgmlOps, query: Node, both: Node) -> Node:
+        past = (ops.heads(part, KV_HEADS) for part in ops.split(both, [KV_HEADS * dim] * 2))  # with gaps between tokens
+        return ops.attention(ops.heads(query, HEADS), *past, attention)
+
+    results = [
+        kernels(record, query[start:stop], both[start:stop], batch=MicroBatch(start, stop - start), kv=cache.layers)[0]
+        for start, stop in pairwise(bounds)
+    ]
+    orders = [dim & -dim if dim >= 64 and "q" in key else 1, 64 if dim >= 64 and "q" in value else 1]
+    rows, start, held = cache.rows(1, 0, bounds[-1]), 0, []
+    for name, element, order, fresh in zip((key, value), types, orders, np.split(both, 2, axis=1), strict=True):
+        stop = start + element.row_bytes(dim)
+        raw = np.ascontiguousarray(rows[..., start:stop]).reshape(-1)
+        held.append(dequantize(raw, element, KV_HEADS * bounds[-1] * dim).reshape(KV_HEADS, -1, dim).swapaxes(0, 1))
+        exact = rotated(fresh.reshape(-1, KV_HEADS, dim), order)
+        block = max(element.block_elements, 1)
+        largest = np.abs(exact.reshape(-1, block)).max(-1).repeat(block).reshape(exact.shape)
+        assert np.all(np.abs(held[-1] - exact) <= ROUNDING[name] * largest + 1e-6)
+        start = align_up(stop, 4)
+    turned = rotated(query.reshape(-1, HEADS, dim), orders[0])
+    tolerance = OF_QUERY[key] + (4e-3 if value == "f16" else 0.0)  # F16 values are summed in F16
+    for (first, last), result in zip(pairwise(bounds), results, strict=True):
+        expected = attended(turned[first:last], *(past[:last] for past in held), first, attention)
+        expected = rotated(expected.reshape(-1, HEADS, dim), orders[1]).reshape(result.shape)
+        near(result, expected, tolerance, tolerance)
+    assert not cache.rows(0, 0, CTX).any() and not cache.rows(1, bounds[-1], CTX).any()
+    cache.close()

@@ -1,6 +1,6 @@
 import pytest
 
-from offload.elements import F16, F32, element_type
+from offload.elements import KVTypes, element_type, kv_types
 from offload.kernels.ggml.probe import measure_attention, measure_kernel
 from offload.models.base import ModelConfig
 from offload.units import MIB
@@ -18,7 +18,7 @@ def test_every_element_type_has_a_speed(name: str) -> None:
     assert 1e7 < measure_kernel(element_type(name), 1, seconds=0.01, nbytes=4 * MIB) < 1e13
 
 
-@pytest.mark.parametrize("element", [F16, F32])
-def test_attention_over_more_heads_takes_longer(element: object) -> None:
-    few, many = (measure_attention(config(heads), element, 1, seconds=0.05) for heads in (2, 32))  # type: ignore[arg-type]
+@pytest.mark.parametrize("types", [kv_types("f16"), kv_types("f32"), kv_types("q8_0", "q4_0")])
+def test_attention_over_more_heads_takes_longer(types: KVTypes) -> None:
+    few, many = (measure_attention(config(heads), types, 1, seconds=0.05) for heads in (2, 32))
     assert 0 < 2 * few < many

@@ -23,6 +23,7 @@ from test_engine import split_at
 
 import offload
 from offload.blocks import BlockKey
+from offload.elements import kv_types
 from offload.errors import Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.torch.backend import TorchBackend
@@ -100,7 +101,7 @@ class Driven:
         self.model, self.tier = model, DeviceTier(device, 64 * MIB)
         with monkeypatch.context() as patch:
             patch.setattr("offload.kernels.torch.backend.recorder_for", lambda _: given)
-            self.backend = TorchBackend(model, CTX, self.tier, threads=1, kv_type="f16")
+            self.backend = TorchBackend(model, CTX, self.tier, threads=1, kv_types=kv_types("f16"))
         self.embedding = PlainRunner(model, CTX).embedding.numpy()
         self.vectors = {name: read_vector(vector).numpy() for name, vector in model.vectors.items()}
         self.keys = [BlockKey("weight", stage.layer, name) for stage in model.stages for name in stage.matrices]

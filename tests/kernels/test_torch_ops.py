@@ -34,8 +34,8 @@ def own_numbers() -> None:
     GENERATOR.manual_seed(3)
 
 
-def new_cache(dtype: torch.dtype = torch.float32) -> TorchCache:
-    return TorchCache(2, 32, KV_HEADS, (DIM, DIM), dtype, torch.device("cpu"))
+def new_cache(*dtypes: torch.dtype) -> TorchCache:
+    return TorchCache(2, 32, KV_HEADS, (DIM, DIM), dtypes or [torch.float32] * 2, torch.device("cpu"))
 
 
 def new_ops(start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> TorchOps:
@@ -165,11 +165,11 @@ def test_layers_do_not_share_their_past() -> None:
     assert torch.equal(cache.load(1, TOKENS, DIM)[1], torch.zeros_like(value))
 
 
-def test_cache_rounds_to_its_type() -> None:
-    cache = new_cache(torch.float16)
+def test_cache_rounds_to_its_types() -> None:
+    cache = new_cache(torch.float16, torch.bfloat16)
     key, value = random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM)
     cache.store(0, torch.tensor([4, 2]), key, value)
     keys, values = cache.load(0, 5, DIM)
     assert keys.dtype == torch.float32 and keys.shape == (5, KV_HEADS, DIM)
-    assert torch.equal(keys[[4, 2]], key.half().float()) and torch.equal(values[[4, 2]], value.half().float())
+    assert torch.equal(keys[[4, 2]], key.half().float()) and torch.equal(values[[4, 2]], value.bfloat16().float())
     assert cache.nbytes == 2 * 2 * 32 * KV_HEADS * DIM * 2

@@ -8,6 +8,7 @@ import pytest
 from support.checkpoints import tiny_checkpoint
 
 from offload.blocks import BlockKey
+from offload.elements import kv_types
 from offload.kernels.torch.backend import TorchBackend
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
@@ -21,7 +22,7 @@ def model(tmp_path: Path) -> Model:
 
 
 def test_stages_are_merged_up_to_the_next_wait(model: Model) -> None:
-    backend = TorchBackend(model, 64, DeviceTier("cpu", 4096), threads=1, kv_type="f32")
+    backend = TorchBackend(model, 64, DeviceTier("cpu", 4096), threads=1, kv_types=kv_types("f32"))
     keys = [BlockKey("weight", stage.layer, name) for stage in model.stages for name in stage.matrices]
     (whole,) = backend.schedule(frozenset())
     assert (whole.name, whole.pinned) == (f"{model.stages[0].name} .. {model.stages[-1].name}", len(keys))
@@ -38,7 +39,7 @@ def test_stages_are_merged_up_to_the_next_wait(model: Model) -> None:
 
 def test_a_layers_choice_ends_a_piece_and_what_mixes_it_begins_the_next(tmp_path: Path) -> None:
     model = build_model(open_checkpoint(tiny_checkpoint("glm4_moe", tmp_path, first_k_dense_replace=1)), 64)
-    backend = TorchBackend(model, 64, DeviceTier("cpu", 4096), threads=1, kv_type="f32")
+    backend = TorchBackend(model, 64, DeviceTier("cpu", 4096), threads=1, kv_types=kv_types("f32"))
     pieces = backend.schedule(frozenset())
     assert [(piece.mixes, piece.routes) for piece in pieces] == [(None, 1), (1, 2), (2, None)]
     assert [piece.name for piece in pieces] == [

@@ -49,7 +49,12 @@ class PlainRunner:
         self.weights |= {name: read_vector(vector) for name, vector in model.vectors.items()}
         self.embedding = read_tensor(model.embedding)
         self.cache = TorchCache(
-            config.num_layers, ctx, config.num_kv_heads, config.cache_dims, torch.float32, torch.device("cpu")
+            config.num_layers,
+            ctx,
+            config.num_kv_heads,
+            config.cache_dims,
+            [torch.float32] * len(config.cache_dims),
+            torch.device("cpu"),
         )
 
     def logits(self, tokens: list[int], start: int = 0, rows: list[int] | None = None) -> torch.Tensor:

@@ -17,8 +17,8 @@ from typing import Final
 import numpy as np
 
 from offload.blocks import BlockKey
-from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS, KVType
-from offload.elements import F16, F32
+from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
+from offload.elements import F16, F32, KVTypes
 from offload.errors import BackendError, Cancelled
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
 from offload.kernels.ggml.anchor import Anchor
@@ -51,7 +51,7 @@ class GgmlBackend:
 
     name = "ggml"
 
-    def __init__(self, model: Model, ctx: int, *, threads: int, kv_type: KVType) -> None:
+    def __init__(self, model: Model, ctx: int, *, threads: int, kv_types: KVTypes) -> None:
         self._lib: Library = load_library()
         self._model = model
         self._ctx = ctx
@@ -60,7 +60,7 @@ class GgmlBackend:
         self._anchor = Anchor(self._lib)
         self._windows = tuple(dict.fromkeys(model.config.sliding_windows))
         self._weights = Weights(self._lib, model, self._anchor)
-        self._cache = KVCache(self._lib, self._anchor, model, ctx, kv_type)
+        self._cache = KVCache(self._lib, self._anchor, model, ctx, kv_types)
         self._experts = ExpertLayers(self._lib, model, self._anchor, self._weights.vector_address)
         self._few: Workspace[Graph] = Workspace(self._lib)
         self._prompts: list[Workspace[Graph]] = [

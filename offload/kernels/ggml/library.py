@@ -72,6 +72,7 @@ _BASE: Final[Mapping[str, tuple[object, tuple[object, ...]]]] = {
     "ggml_blck_size": (_L, (_I,)),
     "ggml_mul_mat": (_P, (_P, _P, _P)),
     "ggml_mul_mat_id": (_P, (_P, _P, _P, _P)),
+    "ggml_mul_mat_set_hint": (None, (_P, _I)),
     "ggml_argsort_top_k": (_P, (_P, _P, _I)),
     "ggml_soft_max": (_P, (_P, _P)),
     "ggml_sigmoid": (_P, (_P, _P)),
@@ -126,6 +127,7 @@ STATUS_SUCCESS: Final = 0
 STATUS_ABORTED: Final = 1
 FLOAT_BYTES: Final = 4
 PREC_F32: Final = 10
+HINT_HADAMARD: Final = 1  # the first factor is such a matrix, so that sums of pairs give the product
 ROPE_INTERLEAVED: Final = 0
 ROPE_HALVES: Final = 2
 GLU_OPS: Final = {"gelu_tanh": 1, "silu": 2, "gelu": 4}

@@ -12,7 +12,15 @@ from typing import NamedTuple, Protocol
 
 from offload.elements import F32
 from offload.kernels.ggml.experts import expert_nodes
-from offload.kernels.ggml.library import FLOAT_BYTES, PREC_F32, ROPE_HALVES, ROPE_INTERLEAVED, Library
+from offload.kernels.ggml.library import (
+    FLOAT_BYTES,
+    HINT_HADAMARD,
+    PREC_F32,
+    ROPE_HALVES,
+    ROPE_INTERLEAVED,
+    Library,
+)
+from offload.kernels.ggml.rotation import Rotation
 from offload.kernels.ggml.routing import Choice, Recorder
 from offload.kernels.ggml.table_attention import Attended
 from offload.kernels.ops import Activation, Attention, Rope, Routing
@@ -30,13 +38,15 @@ class Node(NamedTuple):
 class KVTensors(NamedTuple):
     """Key and value cache of a layer, each [num_kv_heads, ctx, features of a head], and how far apart rows and heads lie.
 
-    `value` is None where values are the leading features of keys.
+    `value` is None where values are the leading features of keys. Rotations are of what is stored, None where it is not.
     """
 
     key: int
     value: int | None
     row_nbytes: int
     head_nbytes: int
+    key_rotation: Rotation | None = None
+    value_rotation: Rotation | None = None
 
 
 class GraphInputs(NamedTuple):
@@ -218,13 +228,15 @@ class GgmlOps:
     def attention(self, query: Node, key: Node, value: Node, attention: Attention) -> Node:
         """Stores key and value, then flash attention over the first `kv_length` positions of the layer's cache."""
         lib, ctx, cache = self._lib, self._ctx, self._kv[attention.layer]
+        query, key = self._rotated(query, cache.key_rotation), self._rotated(key, cache.key_rotation)
+        stored = value if cache.value is None else self._rotated(value, cache.value_rotation)
         streamed = attention.layer in self._streamed
-        for node in (query, key, value) if streamed else ():
+        for node in (query, key, stored) if streamed else ():
             lib.ggml_build_forward_expand(self._graph, node.tensor)
         first = lib.ggml_graph_n_nodes(self._graph)
         self._store(cache.key, key)
         if cache.value is not None:
-            self._store(cache.value, value)
+            self._store(cache.value, stored)
         (num_tokens, num_heads, _), dim = query.shape, value.shape[-1]
         tensor = lib.ggml_flash_attn_ext(
             ctx,
@@ -241,20 +253,19 @@ class GgmlOps:
         lib.ggml_prec_set_acc(tensor, PREC_F32)
         if streamed:
             lib.ggml_build_forward_expand(self._graph, tensor)
-            for fresh in (key, value):  # never computed: their memory is not given away before the last head is stored
+            for fresh in (key, stored):  # never computed: their memory is not given away before the last head is stored
                 lib.ggml_build_forward_expand(self._graph, lib.ggml_sum_rows(ctx, fresh.tensor))
             self._on_attention(
                 Attended(
                     layer=attention.layer, first=first, end=lib.ggml_graph_n_nodes(self._graph), query=query.tensor,
-                    key=key.tensor, value=value.tensor, whole=tensor, rows=self._inputs.rows,
+                    key=key.tensor, value=stored.tensor, whole=tensor, rows=self._inputs.rows,
                     mask=self._inputs.masks[attention.window],
                     sinks=None if attention.sinks is None else self._weight(attention.sinks), scale=attention.scale,
                     softcap=attention.softcap or 0.0, num_tokens=num_tokens, num_heads=num_heads,
                     num_kv_heads=key.shape[1], kv_length=self._kv_length,
                 )
             )  # fmt: skip
-        features = num_heads * dim
-        return self._dense(lib.ggml_reshape_2d(ctx, tensor, features, num_tokens), (num_tokens, features))
+        return self.flat(self._rotated(self._dense(tensor, (num_tokens, num_heads, dim)), cache.value_rotation))
 
     def glu(self, gate: Node, up: Node, activation: Activation) -> Node:
         """`activation(gate) * up` in one kernel."""
@@ -315,6 +326,18 @@ class GgmlOps:
         """The rows whose logits are wanted."""
         tensor = self._lib.ggml_get_rows(self._ctx, x.tensor, self._inputs.outputs)
         return self._dense(tensor, (self._num_outputs, x.shape[1]))
+
+    def _rotated(self, x: Node, rotation: Rotation | None) -> Node:
+        """[num_tokens, num_heads, dim], each `order` features of a head rotated."""
+        if rotation is None:
+            return x
+        lib, ctx, (num_tokens, num_heads, dim) = self._lib, self._ctx, x.shape
+        is_dense = x.row_nbytes == num_heads * dim * FLOAT_BYTES
+        tensor = x.tensor if is_dense else lib.ggml_cont(ctx, x.tensor)
+        groups = num_tokens * num_heads * dim // rotation.order
+        product = lib.ggml_mul_mat(ctx, rotation.tensor, lib.ggml_reshape_2d(ctx, tensor, rotation.order, groups))
+        lib.ggml_mul_mat_set_hint(product, HINT_HADAMARD)
+        return self._dense(lib.ggml_reshape_3d(ctx, product, dim, num_heads, num_tokens), x.shape)
 
     def _store(self, cache: int, fresh: Node) -> None:
         by_head = self._lib.ggml_permute(self._ctx, fresh.tensor, 0, 2, 1, 3)

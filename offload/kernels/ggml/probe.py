@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Final
 
-from offload.elements import F16, F32, ElementType
+from offload.elements import F16, F32, ElementType, KVTypes
 from offload.kernels.ggml.library import load_library
 from offload.models.base import ModelConfig
 from offload.tiers.ram import Slab
@@ -35,21 +35,27 @@ def measure_kernel(element: ElementType, threads: int, *, seconds: float = 0.15,
     return rows * element.row_bytes(FEATURES) / best_s
 
 
-def measure_attention(config: ModelConfig, kv_element: ElementType, threads: int, *, seconds: float = 0.03) -> float:
+def measure_attention(config: ModelConfig, kv_types: KVTypes, threads: int, *, seconds: float = 0.03) -> float:
     """Seconds that one token spends on one cached position of one layer: attention's time grows with both.
 
     Measured on one thread, whose best run is undisturbed also on a busy machine; heads are computed side by side.
     """
     dim, width = config.head_dim, config.num_kv_heads * config.head_dim
-    row, head = kv_element.row_bytes(width), kv_element.row_bytes(dim)
     with _scratch(1) as scratch:
         lib, context = scratch.lib, scratch.context
         query = lib.ggml_reshape_3d(context, scratch.tensor(F32, dim, config.num_heads), dim, config.num_heads, 1)
         key, value = (
             lib.ggml_view_3d(
-                context, scratch.tensor(kv_element, width, POSITIONS), dim, POSITIONS, config.num_kv_heads, row, head, 0
+                context,
+                scratch.tensor(element, width, POSITIONS),
+                dim,
+                POSITIONS,
+                config.num_kv_heads,
+                element.row_bytes(width),
+                element.row_bytes(dim),
+                0,
             )
-            for _ in range(2)
+            for element in ((kv_types.key, kv_types.key) if config.shares_values else kv_types)
         )
         mask = scratch.tensor(F16, POSITIONS, 1)
         node = lib.ggml_flash_attn_ext(

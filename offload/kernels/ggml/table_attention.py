@@ -20,10 +20,11 @@ Moving = tuple[ctypes.c_uint64, int]
 
 
 class TableForm(NamedTuple):
-    """How tables lie: element type of what a row holds, features of key and of value, where values begin in a row (0: they
-    are the leading features of keys), and bytes of a row."""
+    """How tables lie: element types and features of key and value, where values begin in a row (0: they are the leading
+    features of keys), and bytes of a row."""
 
-    element: ElementType
+    key: ElementType
+    value: ElementType
     key_dim: int
     value_dim: int
     value_start: int
@@ -65,7 +66,8 @@ class Head(NamedTuple):
 def head_nodes(lib: Library, context: int, one: Attended, form: TableForm, head: int) -> Head:
     """Stores the head's key and value into its table, and attends. The graph must have been allocated."""
     group = one.num_heads // one.num_kv_heads
-    key_table, value_table = (_table(lib, context, form, dim, one.kv_length) for dim in (form.key_dim, form.value_dim))
+    key_table = _table(lib, context, form, form.key, form.key_dim, one.kv_length)
+    value_table = _table(lib, context, form, form.value, form.value_dim, one.kv_length)
     cells = [(lib.data_cell(key_table), 0), (lib.data_cell(value_table), form.value_start)]
     nodes = []
     stored = [(key_table, one.key, form.key_dim, 0)]
@@ -102,7 +104,7 @@ def head_nodes(lib: Library, context: int, one: Attended, form: TableForm, head:
     return Head((*nodes, node), tuple(cells))
 
 
-def _table(lib: Library, context: int, form: TableForm, dim: int, length: int) -> int:
-    tensor: int = lib.ggml_new_tensor_2d(context, form.element.ggml_id, dim, length)
+def _table(lib: Library, context: int, form: TableForm, element: ElementType, dim: int, length: int) -> int:
+    tensor: int = lib.ggml_new_tensor_2d(context, element.ggml_id, dim, length)
     lib.set_strides(tensor, form.row_nbytes, form.row_nbytes * length, 1)
     return tensor

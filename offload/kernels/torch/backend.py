@@ -15,10 +15,10 @@ import numpy as np
 import torch
 
 from offload.blocks import BlockKey
-from offload.config import KVType
+from offload.elements import KVTypes
 from offload.errors import BackendError
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
-from offload.kernels.torch.cache import TorchCache
+from offload.kernels.torch.cache import DTYPES, TorchCache
 from offload.kernels.torch.experts import Helper, TorchExperts
 from offload.kernels.torch.graphs import Graphs, Recorder, recorder_for
 from offload.kernels.torch.ops import TorchOps
@@ -47,7 +47,7 @@ class TorchBackend:
     name = "torch"
 
     def __init__(
-        self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_type: KVType,
+        self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_types: KVTypes,
         products: Products | None = None, helper: Helper | None = None, recorder: Recorder | None = None,
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
@@ -55,8 +55,9 @@ class TorchBackend:
         self._model = model
         self._ctx = ctx
         self._tier = tier
-        config, dtype = model.config, torch.float16 if kv_type == "f16" else torch.float32
-        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtype, tier.device)
+        config = model.config
+        dtypes = [DTYPES[element] for element in kv_types[: len(config.cache_dims)]]
+        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtypes, tier.device)
         self._rows = SharedRows(model, threads)
         self._sharing: Sharing | None = None
         self._offsets: dict[str, int] = {}
@@ -76,10 +77,11 @@ class TorchBackend:
         self._parts: list[dict[int, torch.Tensor]] = []
 
     @staticmethod
-    def device_nbytes(model: Model, ctx: int, kv_type: KVType, micro_batch: int, device: str) -> dict[str, int]:
+    def device_nbytes(model: Model, ctx: int, kv_types: KVTypes, micro_batch: int, device: str) -> dict[str, int]:
         """Bytes on the device beside the matrices, by purpose: the KV cache, and upper bounds of the temporaries."""
         config = model.config
-        kv = config.num_layers * ctx * sum(config.cache_widths) * (2 if kv_type == "f16" else 4)
+        row = sum(element.row_bytes(width) for element, width in zip(kv_types, config.cache_widths, strict=False))
+        kv = config.num_layers * ctx * row
         decoded = 4 * max(info.num_elements for info in model.matrices.values())
         rows = min(micro_batch, ctx)
         activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
@@ -288,17 +290,18 @@ class TorchBackend:
     @device_errors
     def cached_rows(self, layer: int, start: int, stop: int) -> Bytes:
         """See `Backend.cached_rows`."""
-        rows = torch.cat([view.cpu() for view in self._cache.rows(layer, start, stop)], dim=-1)
-        stored: Bytes = rows.transpose(0, 1).contiguous().view(torch.uint8).numpy()
+        views = [view.cpu().view(torch.uint8) for view in self._cache.rows(layer, start, stop)]
+        stored: Bytes = torch.cat(views, dim=-1).transpose(0, 1).contiguous().numpy()
         return stored
 
     @device_errors
     def restore_rows(self, layer: int, start: int, rows: Bytes) -> None:
         """See `Backend.restore_rows`."""
         views = self._cache.rows(layer, start, start + rows.shape[1])
-        stored = torch.from_numpy(np.ascontiguousarray(rows)).view(views[0].dtype).transpose(0, 1)
-        for view, part in zip(views, torch.split(stored, [view.shape[-1] for view in views], dim=-1), strict=True):
-            view.copy_(part)
+        stored = torch.from_numpy(np.ascontiguousarray(rows)).transpose(0, 1)
+        sizes = [view.shape[-1] * view.itemsize for view in views]
+        for view, part in zip(views, torch.split(stored, sizes, dim=-1), strict=True):
+            view.copy_(part.contiguous().view(view.dtype))
 
     def set_cancel(self, cancel: CancelToken | None) -> None:
         """See `Backend.set_cancel`."""

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
+from typing import Final
 
 import torch
 
+from offload.elements import BF16, F16, F32, ElementType
 from offload.tiers.device_errors import allocating
+
+DTYPES: Final[Mapping[ElementType, torch.dtype]] = {F16: torch.float16, BF16: torch.bfloat16, F32: torch.float32}
+"""What a cache can hold: types that attention computes with, so that nothing has to be decoded first."""
 
 
 class TorchCache:
@@ -19,23 +24,26 @@ class TorchCache:
     Args:
         dims: features of a head of keys and of values; only of keys, where values are their leading features.
         ctx: positions that fit, 0 to ctx - 1.
-        dtype: type of what is stored; rounding happens in `store`.
+        dtypes: of each, what is stored; rounding happens in `store`.
 
     Attributes:
-        loads: type of what `load` gives: on CUDA, whose kernels read any, the one stored; elsewhere float32.
+        loads: type of what `load` gives: on CUDA, whose kernels read any, the one stored if it is one; else float32.
 
     Raises:
         AllocationError: the device has no such room.
     """
 
     def __init__(
-        self, num_layers: int, ctx: int, num_kv_heads: int, dims: Sequence[int], dtype: torch.dtype,
-        device: torch.device,
+        self, num_layers: int, ctx: int, num_kv_heads: int, dims: Sequence[int],
+        dtypes: Sequence[torch.dtype], device: torch.device,
     ) -> None:  # fmt: skip
         rows = (num_layers, ctx, num_kv_heads)
-        with allocating(device, prod(rows) * sum(dims) * dtype.itemsize, "the KV cache", "lower --ctx or --vram"):
-            self._kept = [torch.zeros((*rows, dim), dtype=dtype, device=device) for dim in dims]
-        self.loads = dtype if device.type == "cuda" else torch.float32
+        kinds = list(zip(dims, dtypes, strict=True))
+        nbytes = prod(rows) * sum(dim * dtype.itemsize for dim, dtype in kinds)
+        with allocating(device, nbytes, "the KV cache", "lower --ctx or --vram"):
+            self._kept = [torch.zeros((*rows, dim), dtype=dtype, device=device) for dim, dtype in kinds]
+        is_one = len({dtype for _, dtype in kinds}) == 1
+        self.loads = kinds[0][1] if is_one and device.type == "cuda" else torch.float32
 
     @property
     def nbytes(self) -> int:
