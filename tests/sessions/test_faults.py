@@ -18,7 +18,7 @@ from offload.sessions.catalog import RECORD, ROWS
 from offload.sessions.chain import Chain
 from offload.sessions.geometry import token_ids
 from offload.sessions.manifest import Session
-from offload.sessions.saved import Sessions
+from offload.sessions.saved import SUFFIX, Sessions
 from offload.sessions.store import KVStore
 from offload.tiers.files import LocalFile, LocalStorage
 from offload.units import MIB
@@ -86,6 +86,8 @@ def test_a_turn_whose_every_call_fails_once(
                 failed += 1
                 assert "\n" not in str(error) and error.errno == number
             done = faults.seen <= at
+        rows = [path for path in files(folder / "kv") if path.suffix == ROWS]
+        assert all(path.with_suffix(RECORD).exists() for path in rows)  # a full disk is not filled with what failed
         if done:
             break
         for again in ((sessions, store), opened(folder)):
@@ -106,6 +108,34 @@ def test_a_turn_whose_every_call_fails_once(
         assert {name for name in names if name.endswith(ROWS)} == {name[:-5] + ROWS for name in names if RECORD in name}
         at += 1
     assert failed > 10
+
+
+def test_a_commit_is_rows_then_their_record_then_the_session(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill does not tell whether anything was synced: the page cache survives it."""
+    sessions, store = opened(tmp_path)
+    dirty: set[int] = set()
+    renamed: list[str] = []
+    write, sync, replace_path = os.write, os.fsync, Path.replace
+
+    def writing(descriptor: int, data: memoryview) -> int:
+        dirty.add(os.fstat(descriptor).st_ino)
+        return write(descriptor, data)
+
+    def syncing(descriptor: int) -> None:
+        dirty.discard(os.fstat(descriptor).st_ino)
+        sync(descriptor)
+
+    def replacing(path: Path, target: Path) -> Path:
+        assert not dirty, (target, dirty)
+        renamed.append(target.suffix)
+        return replace_path(path, target)
+
+    monkeypatch.setattr(os, "write", writing)
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(Path, "replace", replacing)
+    for tokens in (FIRST, SECOND, EDITED):
+        turn(sessions, store, tokens, "text")
+    assert renamed == [RECORD, RECORD, SUFFIX, RECORD, SUFFIX, RECORD, RECORD, SUFFIX]
 
 
 class Spoiled(LocalStorage):
@@ -166,7 +196,7 @@ def test_a_damaged_row_ends_what_is_sound_at_its_bucket(tmp_path: Path, row: int
         assert result.positions == sound and "computed again" in result.damage and "\n" not in result.damage
     assert store.find(tokens).length == sound
     computed = Computed(longer)
-    again = store.extend(chain, longer, computed.rows)
+    again = store.extend(store.find(longer), longer, computed.rows)
     assert computed.asked == sound
     assert again.links[-1].record.id != record.id  # nothing is written behind a damaged row
     assert restored(store, again, longer) == (len(longer), "")

@@ -53,6 +53,18 @@ def test_two_that_go_on_from_one_place_at_the_same_time(tmp_path: Path, same_sto
     assert restored(first, our_chain, ours) == (len(ours), "")
 
 
+def test_the_same_tokens_behind_others_are_other_rows(tmp_path: Path) -> None:
+    store, end = opened(tmp_path), [5] * 100
+    first, second = [*([1] * 512), *end], [2] * 512
+    store.extend(Chain(), first, Computed(first).rows)
+    chain = store.extend(Chain(), second, Computed(second).rows)
+    assert store.find([*second, *end]).length == 512
+    longer = [*second, *end]
+    chain = store.extend(chain, longer, Computed(longer).rows)
+    for tokens in (first, longer):
+        assert restored(store, store.find(tokens), tokens) == (len(tokens), "")
+
+
 def test_turns_of_one_conversation_share_a_segment_and_restarts_do_not_begin_another(tmp_path: Path) -> None:
     tokens: list[int] = []
     for turn in range(10):
