@@ -29,7 +29,7 @@ def test_a_chat_that_is_killed_again_and_again(tmp_path: Path) -> None:
     assert process.returncode == 0, output
     kills, turns = (int(word) for word in output.split() if word.isdigit())
     assert kills == KILLS
-    assert turns > KILLS / 4  # they were not all killed before they began
+    assert turns > KILLS / 50  # not all were killed before they had begun, however slow the machine
 
 
 CHATS = """
