@@ -88,6 +88,15 @@ def test_tiers_and_prefetch_know_the_vocabulary_only(package: str) -> None:
         assert not strangers, (module, strangers)
 
 
+def test_sessions_know_the_vocabulary_and_how_files_are_read() -> None:
+    allowed = VOCABULARY | {"offload.tiers.files"}
+    for module in of("offload.sessions"):
+        strangers = {
+            name for name in first_party(module) if name not in allowed and not within(name, "offload.sessions")
+        }
+        assert not strangers, (module, strangers)
+
+
 def test_models_know_the_vocabulary_and_the_kernel_protocol() -> None:
     allowed = VOCABULARY | {"offload.kernels.ops"}
     for module in of("offload.models"):
