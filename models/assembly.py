@@ -6,18 +6,19 @@ GGUF's names and no architecture.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from offload.elements import INTEGER_OR_DOUBLE
+from offload.elements import F8_E4M3, INTEGER_OR_DOUBLE
 from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation, Attention, Rope
 from offload.models.base import ExpertLayer, Model, ModelConfig, Stage, Vector
-from offload.models.checkpoint.base import Checkpoint, TensorInfo
+from offload.models.checkpoint.base import Checkpoint, Scales, TensorInfo
 from offload.models.hyperparameters import Shape
 from offload.models.layers import AttentionStage, FeedForward, FeedForwardStage, HeadPart, Norm, Projection
 from offload.models.parts import head_parts, movable_parts
+from offload.models.quantization import find_scales
 
 
 class Assembly:
@@ -242,10 +243,28 @@ class Assembly:
     def projection(self, name: str, rows: int, columns: int, bias: bool = False) -> Projection:
         """Registers the matrix `{name}.weight`, and `{name}.bias` where it is demanded or there."""
         weight, bias_name = f"{name}.weight", f"{name}.bias"
-        tensor = self.tensor(weight, 2)
-        self.check(tensor, weight, (rows, columns))
-        self._matrices[weight] = tensor
+        (self._matrices[weight],) = self.matrices((weight,), (rows, columns), f"{weight}_scale")
         return Projection(weight, self.vector(bias_name, rows) if bias or bias_name in self else None)
+
+    def matrices(self, names: Sequence[str], shape: tuple[int, int], scales: str) -> list[TensorInfo]:
+        """Stored matrices of one shape and type. Those in FP8 have scales, which become the vector `scales`."""
+        tensors = [self.raw_tensor(name) for name in names]
+        is_scaled = tensors[0].element == F8_E4M3
+        for name, tensor in zip(names, tensors, strict=True):
+            if tensor.element != tensors[0].element:
+                raise self.error(name, f"is {tensor.element}; {names[0]} is {tensors[0].element}")
+            self.check(tensor if is_scaled else self.tensor(name, 2), name, shape)
+        if not is_scaled:
+            return tensors
+        found = [find_scales(self.checkpoint, self._tensors, name, shape) for name in names]
+        for name, one in zip(names, found, strict=True):
+            if one[1:] != found[0][1:]:
+                raise self.error(name, f"has scales of {one.rows} by {one.columns} elements; {names[0]} of others")
+        self._vectors[scales] = Vector(stacked=tuple(one.tensor for one in found))
+        return [
+            replace(tensor, scales=Scales(scales, index, one.rows, one.columns))
+            for index, (tensor, one) in enumerate(zip(tensors, found, strict=True))
+        ]
 
     def projection_heads(self, name: str, rows: int, columns: int) -> str:
         """Registers a matrix [rows, columns] for each head, and returns its name."""
@@ -277,6 +296,11 @@ class Assembly:
     def tensor(self, name: str, rank: int) -> TensorInfo:
         """The stored tensor `name`, which must have `rank` dimensions."""
         tensor = self.raw_tensor(name)
+        if tensor.element == F8_E4M3:
+            raise UnsupportedError(
+                f"{self.checkpoint.path}: {name}: only linear layers and experts with matrices of their own are supported "
+                f"in {F8_E4M3}; use a bfloat16 version of the model, or a GGUF"
+            )
         if tensor.element.name in INTEGER_OR_DOUBLE:
             raise UnsupportedError(
                 f"{self.checkpoint.path}: {name}: weights of type {tensor.element} are not supported"

@@ -28,9 +28,11 @@ class Vector:
     """A small float32 vector: read from a tensor (plus `offset` on every element) or given as `values`.
 
     A tensor of two dimensions is one vector for each expert. Of each, every `step`-th element from `start` on is taken.
+    `stacked`: read from several tensors of any one shape, of which each is a vector.
     """
 
     tensor: TensorInfo | None = None
+    stacked: tuple[TensorInfo, ...] = ()
     offset: float = 0.0
     values: tuple[float, ...] = ()
     start: int = 0
@@ -38,7 +40,9 @@ class Vector:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[length], or [num_experts, length]."""
+        """[length], or [num_experts, length], or [len(stacked), length]."""
+        if self.stacked:
+            return len(self.stacked), self.stacked[0].num_elements
         if self.tensor is None:
             return (len(self.values),)
         *outer, stored = self.tensor.shape

@@ -114,15 +114,8 @@ def _role(parts: Assembly, prefix: str, role: str, shape: tuple[int, int, int]) 
     """The matrices of one role, however they are stored."""
     if f"{prefix}{role}.0.weight" not in parts:
         return _stacked(parts, f"{prefix}{role}_exps.weight", shape)
-    matrices: list[TensorInfo] = []
-    for index in range(shape[0]):
-        name = f"{prefix}{role}.{index}.weight"
-        tensor = parts.tensor(name, 2)
-        parts.check(tensor, name, shape[1:])
-        if matrices and tensor.element != matrices[0].element:
-            raise parts.error(name, f"is {tensor.element}; that of expert 0 is {matrices[0].element}")
-        matrices.append(tensor)
-    return matrices
+    names = [f"{prefix}{role}.{index}.weight" for index in range(shape[0])]
+    return parts.matrices(names, shape[1:], f"{prefix}{role}_exps.weight_scale")
 
 
 def _stacked(parts: Assembly, name: str, shape: tuple[int, int, int]) -> list[TensorInfo]:

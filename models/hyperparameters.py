@@ -15,6 +15,7 @@ from offload.errors import CheckpointError, UnsupportedError
 from offload.kernels.ops import Activation, Routing, Scoring
 from offload.models.checkpoint.base import Checkpoint
 from offload.models.checkpoint.reader import is_name, quote
+from offload.models.quantization import check_scheme
 
 GGUF_KEYS: Final = {
     "attention_multiplier": "attention.scale",
@@ -194,7 +195,7 @@ def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object], schemes:
     """The settings of a checkpoint; `defaults` stand in for absent keys of a config.json, never for those of a GGUF.
 
     Args:
-        schemes: in which a Hugging Face checkpoint of the family may be quantized.
+        schemes: in which a Hugging Face checkpoint of the family may be quantized, beside those of FP8.
 
     Raises:
         UnsupportedError: the weights are quantized in a scheme of their own, or there are experts where none belong.
@@ -207,12 +208,7 @@ def settings_of(checkpoint: Checkpoint, defaults: Mapping[str, object], schemes:
     config = Settings(checkpoint.path, checkpoint.metadata)
     quantization = config.section("quantization_config")
     if quantization is not None:
-        method = quantization.text("quant_method", "unknown")
-        if method not in schemes:
-            raise UnsupportedError(
-                f"{checkpoint.path}: weights are quantized by {method!r}; "
-                "use the original weights or a GGUF of this model"
-            )
+        check_scheme(checkpoint.path, quantization.text("quant_method", "unknown"), quantization.values, schemes)
     config = config.section("text_config") or config
     return Settings(checkpoint.path, ChainMap(dict(config.values), dict(defaults)))
 

@@ -39,9 +39,10 @@ _EXPERT_ROLES: Final = {
     "w2": "ffn_down",
 }
 _OUTER_NAMES: Final = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}
-_PATTERN: Final = re.compile(r"(?:model\.|language_model\.)*(?:layers\.([0-9]+)\.)?([a-z_.]+?)\.(weight|bias)")
+_WEIGHT: Final = "weight(?:_scale_inv|_scale|_zero_point)?"
+_PATTERN: Final = re.compile(rf"(?:model\.|language_model\.)*(?:layers\.([0-9]+)\.)?([a-z_.]+?)\.({_WEIGHT}|bias)")
 _EXPERT: Final = re.compile(
-    r"model\.layers\.([0-9]+)\.(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.([a-z_0-9]+)\.weight"
+    rf"model\.layers\.([0-9]+)\.(?:mlp|block_sparse_moe)\.experts\.([0-9]+)\.([a-z_0-9]+)\.({_WEIGHT})"
 )
 
 
@@ -49,7 +50,7 @@ def rename(name: str, layer_names: Mapping[str, str] = LAYER_NAMES) -> str:
     """GGUF's name of a Hugging Face tensor; a name that is not known comes back as it is."""
     expert = _EXPERT.fullmatch(name)
     if expert is not None and expert[3] in _EXPERT_ROLES:
-        return f"blk.{expert[1]}.{_EXPERT_ROLES[expert[3]]}.{expert[2]}.weight"
+        return f"blk.{expert[1]}.{_EXPERT_ROLES[expert[3]]}.{expert[2]}.{expert[4]}"
     match = _PATTERN.fullmatch(name)
     if match is None:
         return name

@@ -266,21 +266,30 @@ def _shared(model: Model, blocks: Sequence[BlockSpec]) -> frozenset[int]:
 
 
 def shareable(model: Model) -> frozenset[str]:
-    """Matrices whose rows two processors can compute: what stages multiply by, but for routers, and for one by each head."""
-    names = (name for stage in model.stages if not stage.routes for name in stage.matrices)
-    return frozenset(name for name in names if len(model.matrices[name].shape) == 2)
+    """Matrices whose rows two processors can compute: what stages multiply by, but for routers, and for one by each head.
+
+    The host has kernels for ggml's types only.
+    """
+    found = {name: model.matrices[name] for stage in model.stages if not stage.routes for name in stage.matrices}
+    return frozenset(name for name, info in found.items() if len(info.shape) == 2 and info.element.in_ggml)
+
+
+def host_knows_experts(model: Model) -> bool:
+    """Whether the host has kernels for the experts' types; there must be some."""
+    matrices = [matrix for layer in model.experts.values() for matrix in layer.experts[0]]
+    return bool(matrices) and all(matrix.element.in_ggml for matrix in matrices)
 
 
 def dense_rate(model: Model, rates: Rates) -> float:
     """Bytes of matrices that the CPU computes in a second, for one token."""
-    matrices = model.matrices.values()
+    matrices = [matrix for matrix in model.matrices.values() if matrix.element.in_ggml]
     seconds = sum(matrix.nbytes / rates.kernel_bps.get(matrix.element.name, DEFAULT_KERNEL_BPS) for matrix in matrices)
     return sum(matrix.nbytes for matrix in matrices) / max(seconds, 1e-12)
 
 
 def expert_rate(model: Model, rates: Rates) -> float:
-    """Bytes of experts that the CPU computes in a second, for one token; 0 where there are none."""
-    if not model.experts:
+    """Bytes of experts that the CPU computes in a second, for one token; 0 where there are none that it can."""
+    if not host_knows_experts(model):
         return 0.0
     matrices = next(iter(model.experts.values())).experts[0]
     seconds = sum(matrix.nbytes / rates.kernel_bps.get(matrix.element.name, DEFAULT_KERNEL_BPS) for matrix in matrices)

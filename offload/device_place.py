@@ -12,7 +12,7 @@ import numpy as np
 from offload.arena import Placed, fill_arena
 from offload.blocks import BlockKey, BlockSpec, ExpertKey
 from offload.config import LoadConfig
-from offload.demand import model_blocks, shareable
+from offload.demand import host_knows_experts, model_blocks, shareable
 from offload.device_stream import DeviceStream
 from offload.expert_bank import device_slot
 from offload.expert_cache import ExpertCache
@@ -69,7 +69,7 @@ class DevicePlace:
         check_device(self._opened.device)
         self._kvikio = load_kvikio(self._opened.device)
         shares = self._config.host_compute != "off" and has_second_processor(self._opened.device)
-        if self._opened.model.experts and shares:
+        if shares and host_knows_experts(self._opened.model):
             self._experts_here = HostExperts(self._opened.model, self._opened.threads)
             self._stack.callback(self._experts_here.close)
         fixed = TorchBackend.device_nbytes(

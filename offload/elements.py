@@ -1,4 +1,4 @@
-"""Element types of checkpoint tensors: every type that ggml stores, with its block geometry.
+"""Element types of checkpoint tensors: every type that ggml stores, with its block geometry, and FP8, which it does not.
 
 Numbers and names are those of `ggml.h` (enum ggml_type); sizes are checked against the loaded library in the tests.
 """
@@ -13,16 +13,23 @@ from offload.errors import UnsupportedError
 
 @dataclass(frozen=True, slots=True)
 class ElementType:
-    """A storage type: `block_elements` consecutive elements of a row are stored in `block_bytes` bytes."""
+    """A storage type: `block_elements` consecutive elements of a row are stored in `block_bytes` bytes.
+
+    `ggml_id` is None where ggml has no such type, and the CPU backend no kernel.
+    """
 
     name: str
-    ggml_id: int
+    ggml_id: int | None
     block_elements: int
     block_bytes: int
 
     @property
     def is_quantized(self) -> bool:
         return self.block_elements > 1
+
+    @property
+    def in_ggml(self) -> bool:
+        return self.ggml_id is not None
 
     @property
     def bits_per_element(self) -> float:
@@ -72,8 +79,11 @@ _TABLE: Final = (
     ElementType("Q1_0", 41, 128, 18),
     ElementType("Q2_0", 42, 64, 18),
 )
-BY_GGML_ID: Final = {element.ggml_id: element for element in _TABLE}
-BY_NAME: Final = {element.name: element for element in _TABLE}
+F8_E4M3: Final = ElementType("F8_E4M3", None, 1, 1)
+"""Four bits of exponent, three of mantissa, no infinities (OCP 8-bit Floating Point, E4M3). A matrix of them has scales."""
+
+BY_GGML_ID: Final = {element.ggml_id: element for element in _TABLE if element.ggml_id is not None}
+BY_NAME: Final = {element.name: element for element in (*_TABLE, F8_E4M3)}
 
 F32: Final = BY_NAME["F32"]
 F16: Final = BY_NAME["F16"]

@@ -6,9 +6,10 @@ Open, plan, allocate, read, in that order; the reverse order on close, or when a
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.dequantize import dequantize
 from offload.lending import IdleMemory, Lending
 from offload.models.base import Vector
+from offload.models.checkpoint.base import TensorInfo
 from offload.opening import Opened, Progress, known_tuning, micro_batch_tokens, open_model, plan_for
 from offload.places import Place
 from offload.plan import Plan
@@ -156,19 +158,30 @@ class Runner:
         self.opened.close()
 
     def _read_vector(self, vector: Vector) -> Floats:
+        if vector.stacked:
+            return np.concatenate(self._read_tensors(vector.stacked))
         if vector.tensor is None:
             return np.array(vector.values, dtype=np.float32)
-        extent = vector.tensor.extent
-        scratch = Slab(extent.window_nbytes, huge_pages=False, prefault=False)
-        try:
-            self.reader.read_extent(extent, scratch.view(0, extent.window_nbytes)).wait()
-            raw = np.frombuffer(bytes(scratch.view(extent.lead, extent.nbytes)), dtype=np.uint8)
-        finally:
-            scratch.close()
-        values = dequantize(raw, vector.tensor.element, vector.tensor.num_elements)
+        (values,) = self._read_tensors((vector.tensor,))
         values += np.float32(vector.offset)
         values = values.reshape(vector.tensor.shape)[..., vector.start :: vector.step]
         return np.ascontiguousarray(values).reshape(-1)
+
+    def _read_tensors(self, tensors: Sequence[TensorInfo]) -> list[Floats]:
+        """Values of small tensors, which are read at once."""
+        starts = [0, *accumulate(tensor.extent.window_nbytes for tensor in tensors)]
+        scratch = Slab(starts[-1], huge_pages=False, prefault=False)
+        try:
+            views = [scratch.view(start, t.extent.window_nbytes) for start, t in zip(starts, tensors, strict=False)]
+            (handle,) = self.reader.read_groups([[(t.extent, view) for t, view in zip(tensors, views, strict=True)]])
+            handle.wait()
+            stored = [bytes(view[t.extent.lead :][: t.nbytes]) for t, view in zip(tensors, views, strict=True)]
+        finally:
+            scratch.close()
+        return [
+            dequantize(np.frombuffer(raw, np.uint8), t.element, t.num_elements)
+            for t, raw in zip(tensors, stored, strict=True)
+        ]
 
     def _open_table(self, storage: Storage) -> None:
         table, scale = self.opened.model.embedding, self.opened.model.config.embedding_scale

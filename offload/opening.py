@@ -71,6 +71,8 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
     checkpoint = open_checkpoint(path)
     ctx = config.ctx or min(default_context(checkpoint), DEFAULT_CTX)
     model = build_model(checkpoint, ctx)
+    if device is None:
+        _check_types(checkpoint, model)
     _check_kv_types(config.kv_types, model, device)
     cache = 0 if device is None else cache_nbytes(model, ctx, config.kv_types)  # which may lie on disk
     _check_context(ctx, cache + micro_batch_nbytes(model, ctx))
@@ -83,6 +85,19 @@ def open_model(path: str | Path, config: LoadConfig) -> Opened:
         device=device,
         pack=None if config.expert_pack is None else open_pack(config.expert_pack, checkpoint, model),
     )
+
+
+def _check_types(checkpoint: Checkpoint, model: Model) -> None:
+    """
+    Raises:
+        UnsupportedError: the CPU has no kernels for the type of a matrix.
+    """
+    for matrix in model.all_matrices():
+        if not matrix.element.in_ggml:
+            raise UnsupportedError(
+                f"{checkpoint.path}: {matrix.name} is {matrix.element}, for which the CPU's kernels (ggml) have no type; "
+                "use a torch device (--device cuda, or torch:cpu), or a GGUF or a bfloat16 version of the model"
+            )
 
 
 def _check_context(ctx: int, needed: int) -> None:

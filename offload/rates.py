@@ -52,6 +52,7 @@ def machine_rates(
     kernels = {
         name: known.get(name) or measure_kernel(element_type(name), threads, seconds=KERNEL_PROBE_S, nbytes=probe_bytes)
         for name in names
+        if element_type(name).in_ggml
     }
     disks, disk_bps = _disk_rate(largest_file(checkpoint), profile.disks_bps)
     links, link_bps = _link_rate(device, profile.links_bps)

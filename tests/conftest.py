@@ -1,16 +1,27 @@
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 from support.demo import demo_model
+from support.devices import PLACES, decide_for_triton, torch_runs_on, triton_runs_on
 
 from offload.machine import MachineProfile, device_id, host_fingerprint
 from offload.tiers.cuda_driver import Cards
 
-if not Path("/dev/nvidia0").exists():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, by whichever test is first
+decide_for_triton()
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Where torch's own kernels run."""
+    return torch_runs_on(request.param)
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def triton_device(request: pytest.FixtureRequest) -> str:
+    """Where Triton's kernels run: interpreted or compiled, see `support.devices`."""
+    return triton_runs_on(request.param)
 
 
 @pytest.fixture(scope="session")

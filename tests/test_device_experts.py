@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
+from support.devices import computed_on
 from support.gguf_checkpoints import gguf_checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,7 +47,7 @@ def hold(monkeypatch: pytest.MonkeyPatch, share: float, visiting: int | None = N
     ("family", "element"), [("olmoe", "Q8_0"), ("gpt_oss", "MXFP4"), ("deepseek_v2", "F16"), ("qwen2_moe", "BF16")]
 )
 def test_the_bits_of_a_token_do_not_depend_on_where_its_experts_lie(
-    family: str, element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, element: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Held and computed in the pass; held, and computed between two pieces; visiting one, three or many slots; from disk."""
     model, seen = gguf_checkpoint(family, tmp_path, element), []
@@ -55,7 +56,7 @@ def test_the_bits_of_a_token_do_not_depend_on_where_its_experts_lie(
         (1.0, 0, {}), (1.0, 0, cut), (0.6, 1, {}), (0.5, 3, {}), (0.0, None, {}), (0.3, None, {"ram": "minimum"}),
     ):  # fmt: skip
         hold(monkeypatch, share, visiting)
-        with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu", **options) as engine:
+        with offload.load(model, ctx=64, **computed_on(device), **options) as engine:
             assert (engine._runner.scheduler._experts is None) == (share == 1.0 and not options)
             seen.append((engine.logits(PROMPT), engine.logits(FEW), engine._stepwise_logits(FEW[:4])))
             assert engine._runner.telemetry.experts_skipped == 0

@@ -8,7 +8,7 @@ from pathlib import Path
 import llama_cpp
 import pytest
 
-from offload.elements import BY_GGML_ID, BY_NAME, ElementType, element_type
+from offload.elements import BY_GGML_ID, BY_NAME, F8_E4M3, ElementType, element_type
 from offload.errors import UnsupportedError
 
 
@@ -47,7 +47,8 @@ def num_types(ggml: ctypes.CDLL) -> int:
 
 
 def test_names_and_ids_are_unique() -> None:
-    assert len(BY_NAME) == len(BY_GGML_ID)
+    assert set(BY_NAME.values()) == {*BY_GGML_ID.values(), F8_E4M3}
+    assert len(BY_NAME) == len(BY_GGML_ID) + 1 and not F8_E4M3.in_ggml
 
 
 def test_row_bytes_counts_blocks() -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from offload.blocks import Extent
 from offload.elements import ElementType
@@ -14,14 +14,36 @@ from offload.elements import ElementType
 Format = Literal["gguf", "huggingface"]
 
 
+class Scales(NamedTuple):
+    """Factors of a matrix's elements that lie apart from it, one for each block of `rows` by `columns`.
+
+    Attributes:
+        vector: of the model, float32, which holds those of one or of several matrices, one after the other.
+        number: which of those this one is.
+    """
+
+    vector: str
+    number: int
+    rows: int
+    columns: int
+
+    def grid(self, shape: tuple[int, ...]) -> tuple[int, int]:
+        """How many blocks a matrix of this shape has in each direction; the last ones may be cut off."""
+        return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorInfo:
-    """A tensor and where its bytes lie. `shape` is outermost first: a linear weight is (out_features, in_features)."""
+    """A tensor and where its bytes lie. `shape` is outermost first: a linear weight is (out_features, in_features).
+
+    `scales`: of a matrix whose elements mean nothing without, see `elements.F8_E4M3`.
+    """
 
     name: str
     element: ElementType
     shape: tuple[int, ...]
     extent: Extent
+    scales: Scales | None = None
 
     @property
     def nbytes(self) -> int:
@@ -37,11 +59,12 @@ class TensorInfo:
         return self.element.row_bytes(self.shape[-1])
 
     def rows(self, start: int, stop: int) -> TensorInfo:
-        """Rows `[start, stop)` of a matrix as a tensor of their own, in place."""
+        """Rows `[start, stop)` of a matrix as a tensor of their own, in place. Without scales, which are of the whole."""
         assert len(self.shape) == 2 and 0 <= start < stop <= self.shape[0], (self.shape, start, stop)
         num_rows, nbytes = stop - start, (stop - start) * self.row_nbytes
         extent = replace(self.extent, offset=self.extent.offset + start * self.row_nbytes, nbytes=nbytes)
-        return replace(self, name=f"{self.name}[{start}:{stop}]", shape=(num_rows, self.shape[1]), extent=extent)
+        name, shape = f"{self.name}[{start}:{stop}]", (num_rows, self.shape[1])
+        return replace(self, name=name, shape=shape, extent=extent, scales=None)
 
     def member(self, index: int) -> TensorInfo:
         """Number `index` of the matrices that a tensor of three dimensions holds, as a tensor of its own, in place."""

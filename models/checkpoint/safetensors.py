@@ -25,12 +25,12 @@ _LENGTH: Final = Struct("<Q")
 _MAX_DIMS: Final = 8
 _ENTRY_KEYS: Final = frozenset({"dtype", "shape", "data_offsets"})
 _METADATA: Final = "__metadata__"
-_STORED: Final = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8")
+_STORED: Final = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "F8_E4M3")
 _PACKED: Final = ("_blocks", "_scales")
 _FOREIGN_BITS: Final = (
     dict.fromkeys(("F4",), 4)
     | dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6)
-    | dict.fromkeys(("BOOL", "U8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
+    | dict.fromkeys(("BOOL", "U8", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8)
     | {"U16": 16, "U32": 32, "U64": 64, "C64": 64}
 )
 _BITS: Final = {name: 8 * BY_NAME[name].block_bytes for name in _STORED} | _FOREIGN_BITS

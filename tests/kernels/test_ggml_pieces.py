@@ -12,7 +12,7 @@ import pytest
 from support.checkpoints import tiny_checkpoint
 
 from offload.blocks import BlockKey, Extent
-from offload.elements import BY_NAME, F32, INTEGER_OR_DOUBLE, ElementType
+from offload.elements import BY_GGML_ID, F32, INTEGER_OR_DOUBLE, ElementType
 from offload.kernels.ggml.library import Library, load_library
 from offload.kernels.ggml.pieces import Cutter, Part, cut_passes
 from offload.kernels.ggml.workspace import Workspace
@@ -23,7 +23,7 @@ from offload.units import align_up
 
 COLUMNS = 512
 ROWS = (64, 192, 64)  # of the parts
-COMPUTED = [element for element in BY_NAME.values() if element.name not in INTEGER_OR_DOUBLE]
+COMPUTED = [element for element in BY_GGML_ID.values() if element.name not in INTEGER_OR_DOUBLE]
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""Models on `torch:cpu` by Triton's kernels, in the interpreter: the logits of decoded matrices, to rounding."""
+"""Models by Triton's kernels, interpreted or on a card: the logits of matrices that the CPU decodes, to rounding."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.checkpoints import tiny_checkpoint
+from support.devices import computed_on
+from support.fp8_checkpoints import fp8_checkpoint
 from support.gguf_checkpoints import gguf_checkpoint
 
 import offload
-from offload.elements import element_type
+from offload.elements import F8_E4M3, element_type
 from offload.kernels.torch.products import FEW_TOKENS, DecodedProducts, products_for
 
 pytest.importorskip("triton", reason="triton is for Linux only")
@@ -32,26 +34,35 @@ class Counted(TritonProducts):
         self.seen: list[tuple[str, int]] = []
         self.chosen: list[int] = []
 
-    def expert_products(self, x, slots, bank, offset, stride, element, shape):
+    def expert_products(self, x, slots, bank, offset, stride, element, shape, scales=None):
         self.chosen.append(slots.numel())
-        return super().expert_products(x, slots, bank, offset, stride, element, shape)
+        return super().expert_products(x, slots, bank, offset, stride, element, shape, scales)
 
-    def product(self, x, raw, element, shape):
+    def product(self, x, raw, element, shape, scales=None):
         self.seen.append((element.name, x.shape[0]))
-        return super().product(x, raw, element, shape)
+        return super().product(x, raw, element, shape, scales)
 
 
 @pytest.mark.parametrize(
     ("family", "element"),
-    [("llama", "Q4_0"), ("olmoe", "Q8_0"), ("gpt_oss", "MXFP4"), ("qwen2", "F16"), ("llama", "Q4_1")],
-)
-def test_a_model_says_the_same(family: str, element: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = gguf_checkpoint(family, tmp_path, element)
-    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+    [
+        ("llama", "Q4_0"), ("olmoe", "Q8_0"), ("gpt_oss", "MXFP4"), ("qwen2", "F16"), ("llama", "Q4_1"),
+        ("qwen3_moe", "F8_E4M3"),
+    ],
+)  # fmt: skip
+def test_a_model_says_the_same(
+    family: str, element: str, triton_device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if element == F8_E4M3.name:  # of more than a block in each direction: as little else as can be, for the interpreter
+        few = {"num_hidden_layers": 1, "num_experts": 3, "num_experts_per_tok": 2}
+        model = fp8_checkpoint(family, tmp_path, **few).folder
+    else:
+        model = gguf_checkpoint(family, tmp_path, element)
+    with offload.load(model, ctx=64, **computed_on("cpu")) as engine:
         expected = engine.logits(PROMPT), engine.generate(PROMPT, max_tokens=4, temperature=0, ignore_eos=True).tokens
     counted = Counted()
     monkeypatch.setattr("offload.kernels.torch.backend.products_for", lambda device: counted)
-    with offload.load(model, ctx=64, device="torch:cpu") as engine:
+    with offload.load(model, ctx=64, **computed_on(triton_device)) as engine:
         logits = engine.logits(PROMPT)
         tokens = engine.generate(PROMPT, max_tokens=4, temperature=0, ignore_eos=True).tokens
     assert np.abs(logits - expected[0]).max() < 1e-4 * np.abs(expected[0]).max()
@@ -61,23 +72,25 @@ def test_a_model_says_the_same(family: str, element: str, tmp_path: Path, monkey
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v2"])
 def test_experts_of_few_tokens_take_three_products_and_give_what_ggml_does(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, triton_device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a card a token is replayed from its second one on, and nobody counts."""
     model, counted = tiny_checkpoint(family, tmp_path), Counted()  # float32: ggml computes what is stored
     tokens = PROMPT[:FEW_TOKENS]
     with offload.load(model, ctx=64, kv_type="f32") as engine:
         expected = engine.logits(tokens), engine._stepwise_logits(tokens[:2])
         layers = list(engine._runner.opened.model.experts.values())
     monkeypatch.setattr("offload.kernels.torch.backend.products_for", lambda device: counted)
-    with offload.load(model, ctx=64, kv_type="f32", device="torch:cpu") as engine:
+    with offload.load(model, ctx=64, **computed_on(triton_device)) as engine:
         for count, found, logits in ((len(tokens), engine.logits(tokens), expected[0]),
                                      (1, engine._stepwise_logits(tokens[:2]), expected[1])):  # fmt: skip
             assert np.abs(found - logits).max() < 1e-4 * np.abs(logits).max()
             passes = [layers] if count > 1 else 2 * [layers]
             launched = [count * layer.num_used for one in passes for layer in one for _ in "gud"]
-            assert counted.chosen[: len(launched)] == launched
+            if triton_device == "cpu":
+                assert counted.chosen[: len(launched)] == launched
             del counted.chosen[: len(launched)]
-    assert not counted.chosen
+    assert not counted.chosen or triton_device == "cuda"
 
 
 class Bank(NamedTuple):
@@ -104,15 +117,15 @@ def bank_of(name: str) -> Bank:
 
 @settings(max_examples=12, deadline=None)
 @given(order=st.lists(st.integers(0, 3), min_size=1, max_size=6), name=st.sampled_from(["Q8_0", "Q4_0", "IQ4_NL"]))
-@pytest.mark.parametrize("products", [DecodedProducts(), TritonProducts(torch.float32)], ids=["decoded", "triton"])
-def test_what_an_expert_returns_depends_on_nothing_beside_it(products, order: list[int], name: str) -> None:
+def test_what_an_expert_returns_depends_on_nothing_beside_it(multiplier, order: list[int], name: str) -> None:
     """Types with a kernel and without, slots in any order and again, one row for all or one for each."""
-    element, bank = element_type(name), bank_of(name)
+    element, bank, (products, device) = element_type(name), bank_of(name), multiplier
     x = torch.from_numpy(np.random.default_rng(6).standard_normal((len(order), SHAPE[1])).astype(np.float32))
     slots = torch.tensor([bank.starts[number] for number in order], dtype=torch.int32)
 
     def product(rows: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
-        return products.expert_products(rows, slots, bank.raw, OFFSET, UNIT, element, SHAPE)
+        given = (tensor.to(device) for tensor in (rows, slots, bank.raw))
+        return products.expert_products(*given, OFFSET, UNIT, element, SHAPE).cpu()
 
     together, shared = product(x, slots), product(x[:1], slots)
     for row, slot in enumerate(slots.tolist()):
@@ -129,7 +142,7 @@ def test_without_a_card_matrices_are_decoded() -> None:
 
 @pytest.mark.parametrize("tokens", [1, FEW_TOKENS, FEW_TOKENS + 1])
 @pytest.mark.parametrize("name", ["Q8_0", "Q4_1"])
-def test_few_tokens_and_many_have_the_product_of_decoded_matrices(name: str, tokens: int) -> None:
+def test_few_tokens_and_many_have_the_product_of_decoded_matrices(name: str, tokens: int, triton_device: str) -> None:
     element, shape = element_type(name), (10, 64)
     random = np.random.default_rng(4)
     raw = random.integers(0, 256, (10, 2, element.block_bytes), dtype=np.uint8)
@@ -138,6 +151,7 @@ def test_few_tokens_and_many_have_the_product_of_decoded_matrices(name: str, tok
         raw[..., 2:4] = raw[..., :2]
     stored = torch.from_numpy(raw.reshape(-1))
     x = torch.from_numpy(random.standard_normal((tokens, 64)).astype(np.float32))
-    ours, plain = TritonProducts(torch.float32), DecodedProducts()
-    assert torch.allclose(ours.product(x, stored, element, shape), plain.product(x, stored, element, shape), atol=1e-5)
-    assert torch.equal(ours.values(stored, element, shape), plain.values(stored, element, shape))
+    there, ours, plain = stored.to(triton_device), TritonProducts(torch.float32), DecodedProducts()
+    found = ours.product(x.to(triton_device), there, element, shape).cpu()
+    assert torch.allclose(found, plain.product(x, stored, element, shape), atol=1e-5)
+    assert torch.equal(ours.values(there, element, shape).cpu(), plain.values(stored, element, shape))

@@ -87,14 +87,14 @@ def reference(numbers: dict[str, Array], routing: Routing) -> tuple[Array, Array
 
 
 @kinds
-def test_torch_chooses_and_ranks_as_defined(numbers: dict[str, Array], routing: Routing) -> None:
-    tensors = {name: torch.from_numpy(values) for name, values in numbers.items()}
+def test_torch_chooses_and_ranks_as_defined(numbers: dict[str, Array], routing: Routing, device: str) -> None:
+    tensors = {name: torch.from_numpy(values).to(device) for name, values in numbers.items()}
     chosen, weights, orders = reference(numbers, routing)
     routed = choose(tensors["x"], routing, tensors.__getitem__)
-    assert np.array_equal(routed.experts.numpy(), chosen)
-    np.testing.assert_allclose(routed.weights.numpy(), weights, rtol=1e-5, atol=1e-6)
+    assert np.array_equal(routed.experts.cpu().numpy(), chosen)
+    np.testing.assert_allclose(routed.weights.cpu().numpy(), weights, rtol=1e-5, atol=1e-6)
     width = EXPERTS * routing.groups_used // routing.num_groups
-    assert np.array_equal(rank(tensors["x"], routing, tensors.__getitem__)[:, :width].numpy(), orders[:, :width])
+    assert np.array_equal(rank(tensors["x"], routing, tensors.__getitem__)[:, :width].cpu().numpy(), orders[:, :width])
 
 
 class Graph:

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from support.checkpoints import FAMILIES, LLAMA3_SCALING, tiny_checkpoint
+from support.fp8_checkpoints import fp8_checkpoint
 from support.running import PlainRunner, read_bytes, read_vector
 from support.tape import TapeRecorder
 from test_engine import split_at
@@ -41,14 +42,6 @@ CTX = 600
 PROMPT = [7 * n % 250 for n in range(200)]
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    name: str = request.param
-    return name
-
-
 def recorder(device: str) -> Recorder:
     return CudaRecorder(torch.device(device)) if device == "cuda" else TapeRecorder()
 
@@ -70,12 +63,16 @@ def answers(
     return first, second, np.concatenate(seen)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "qwen3_moe in FP8"])
 def test_replayed_tokens_have_the_bits_of_computed_ones(
     family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Across two buckets of the cache, a prompt, and back in the first; a sliding window is passed on the way."""
-    model, given = tiny_checkpoint(family, tmp_path, max_position_embeddings=CTX), recorder(device)
+    if family == "qwen3_moe in FP8":
+        model = fp8_checkpoint("qwen3_moe", tmp_path, max_position_embeddings=CTX).folder
+    else:
+        model = tiny_checkpoint(family, tmp_path, max_position_embeddings=CTX)
+    given = recorder(device)
     expected, found = (answers(model, device, how, monkeypatch) for how in (None, given))
     assert found[:2] == expected[:2] and np.isfinite(found[2]).all()
     assert np.array_equal(found[2], expected[2])

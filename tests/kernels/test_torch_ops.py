@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -34,32 +36,52 @@ def own_numbers() -> None:
     GENERATOR.manual_seed(3)
 
 
-def new_cache(*dtypes: torch.dtype) -> TorchCache:
-    return TorchCache(2, 32, KV_HEADS, (DIM, DIM), dtypes or [torch.float32] * 2, torch.device("cpu"))
+def new_cache(device: str, *dtypes: torch.dtype) -> TorchCache:
+    return TorchCache(2, 32, KV_HEADS, (DIM, DIM), dtypes or [torch.float32] * 2, torch.device(device))
 
 
-def new_ops(start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> TorchOps:
-    positions = Positions(torch.arange(start, start + num_tokens), start + num_tokens)
-    return TorchOps(WEIGHTS.__getitem__, cache or new_cache(), positions, torch.tensor([3, 1]))
+class There:
+    """A device's operations by name: tensors are sent to it, and what comes of them is fetched."""
+
+    def __init__(self, ops: TorchOps, device: str) -> None:
+        self._ops, self._device = ops, device
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        return lambda *given: fetched(getattr(self._ops, name)(*(sent(each, self._device) for each in given)))
 
 
-def test_linear() -> None:
+def sent(value: Any, device: str) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def fetched(value: Any) -> Any:
+    return tuple(map(fetched, value)) if isinstance(value, tuple) else value.cpu()
+
+
+def new_ops(device: str, start: int = 0, num_tokens: int = TOKENS, cache: TorchCache | None = None) -> There:
+    positions = Positions(torch.arange(start, start + num_tokens, device=device), start + num_tokens)
+    rows = torch.tensor([3, 1], device=device)
+    ops = TorchOps(lambda name: WEIGHTS[name].to(device), cache or new_cache(device), positions, rows)
+    return There(ops, device)
+
+
+def test_linear(device: str) -> None:
     x = random(TOKENS, DIM)
     expected = torch.stack([WEIGHTS["matrix"] @ row for row in x])
-    torch.testing.assert_close(new_ops().linear(x, "matrix"), expected)
-    torch.testing.assert_close(new_ops().linear(x, "matrix", "bias"), expected + WEIGHTS["bias"])
+    torch.testing.assert_close(new_ops(device).linear(x, "matrix"), expected)
+    torch.testing.assert_close(new_ops(device).linear(x, "matrix", "bias"), expected + WEIGHTS["bias"])
 
 
-def test_rms_norm_of_any_rank() -> None:
+def test_rms_norm_of_any_rank(device: str) -> None:
     x = random(TOKENS, HEADS, DIM)
     root = torch.tensor([[math.sqrt(sum(float(v) ** 2 for v in head) / DIM + 0.25) for head in token] for token in x])
     plain = x / root.unsqueeze(-1)
-    torch.testing.assert_close(new_ops().rms_norm(x, None, 0.25), plain)
-    torch.testing.assert_close(new_ops().rms_norm(x, "norm", 0.25), plain * WEIGHTS["norm"])
+    torch.testing.assert_close(new_ops(device).rms_norm(x, None, 0.25), plain)
+    torch.testing.assert_close(new_ops(device).rms_norm(x, "norm", 0.25), plain * WEIGHTS["norm"])
 
 
-def test_elementwise_and_shapes() -> None:
-    ops, a, b = new_ops(), random(TOKENS, DIM), random(TOKENS, DIM)
+def test_elementwise_and_shapes(device: str) -> None:
+    ops, a, b = new_ops(device), random(TOKENS, DIM), random(TOKENS, DIM)
     assert torch.equal(ops.add(a, b), a + b)
     assert torch.equal(ops.scale(a, 0.5), a / 2)
     torch.testing.assert_close(ops.softcap(a, 2.0), torch.tensor([[2 * math.tanh(v / 2) for v in row] for row in a]))
@@ -77,17 +99,17 @@ def test_elementwise_and_shapes() -> None:
         ("gelu_tanh", lambda v: v * (1 + math.tanh(math.sqrt(2 / math.pi) * (v + 0.044715 * v**3))) / 2),
     ],
 )
-def test_glu(name, activation) -> None:
+def test_glu(name, activation, device: str) -> None:
     gate, up = random(TOKENS, DIM), random(TOKENS, DIM)
     expected = torch.tensor([[activation(float(v)) for v in row] for row in gate]) * up
-    torch.testing.assert_close(new_ops().glu(gate, up, name), expected)
+    torch.testing.assert_close(new_ops(device).glu(gate, up, name), expected)
 
 
 ROPES = ropes(DIM)
 
 
 @pytest.mark.parametrize("name", ROPES)
-def test_rope(name: str) -> None:
+def test_rope(name: str, device: str) -> None:
     rope, start = ROPES[name], 7
     x = random(TOKENS, HEADS, DIM)
     expected = x.clone()
@@ -99,7 +121,7 @@ def test_rope(name: str) -> None:
             turned = (x[token, :, first] + 1j * x[token, :, second]) * complex(math.cos(angle), math.sin(angle))
             expected[token, :, first], expected[token, :, second] = turned.real, turned.imag
             expected[token, :, [first, second]] *= rope.magnitude
-    torch.testing.assert_close(new_ops(start).rope(x, rope), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(new_ops(device, start).rope(x, rope), expected, atol=1e-5, rtol=1e-5)
 
 
 def naive_attention(query, keys, values, start: int, attention: Attention) -> torch.Tensor:
@@ -122,13 +144,13 @@ def naive_attention(query, keys, values, start: int, attention: Attention) -> to
 
 @pytest.mark.parametrize("window", [None, 1, 3, 100])
 @pytest.mark.parametrize("softcap", [None, 0.7])
-def test_attention_over_cache_and_batch(window: int | None, softcap: float | None) -> None:
+def test_attention_over_cache_and_batch(window: int | None, softcap: float | None, device: str) -> None:
     """Three batches, the middle one a single token: each sees what the earlier ones stored."""
     attention = Attention(layer=1, scale=0.4, window=window, softcap=softcap)
-    cache, length = new_cache(), 11
+    cache, length = new_cache(device), 11
     query, keys, values = random(length, HEADS, DIM), random(length, KV_HEADS, DIM), random(length, KV_HEADS, DIM)
     for start, stop in ((0, 5), (5, 6), (6, 11)):
-        ops, rows = new_ops(start, stop - start, cache), slice(start, stop)
+        ops, rows = new_ops(device, start, stop - start, cache), slice(start, stop)
         mixed = ops.attention(query[rows], keys[rows], values[rows], attention)
         expected = naive_attention(query[rows], keys, values, start, attention)
         torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
@@ -142,34 +164,35 @@ KINDS = [
 
 @pytest.mark.parametrize("attention", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
-def test_what_a_mask_hides_adds_nothing(attention: Attention, dtype: torch.dtype, tolerance: float) -> None:
+def test_what_a_mask_hides_adds_nothing(
+    attention: Attention, dtype: torch.dtype, tolerance: float, device: str
+) -> None:
     """A token at position 9 of tensors for 256: no bit depends on what lies behind, and no value on how long they are."""
-    length, sinks, seen = 256, random(HEADS) if attention.sinks else None, []
-    query, past = random(1, HEADS, DIM), random(2, length, KV_HEADS, DIM).to(dtype)
+    length, sinks, seen = 256, random(HEADS).to(device) if attention.sinks else None, []
+    query, past = random(1, HEADS, DIM).to(device), random(2, length, KV_HEADS, DIM).to(device, dtype)
+    at = torch.tensor([9], device=device)
     for behind in (0.0, 60000.0, -60000.0):
         past[:, 10:] = behind
-        seen.append(
-            attend(query, *past, Positions(torch.tensor([9]), length, dtype).mask(attention.window), attention, sinks)
-        )
+        seen.append(attend(query, *past, Positions(at, length, dtype).mask(attention.window), attention, sinks))
     assert seen[0].dtype == torch.float32 and torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
-    short = Positions(torch.tensor([9]), 10).mask(attention.window)
+    short = Positions(at, 10).mask(attention.window)
     expected = attend(query, *past[:, :10].float(), short, attention, sinks)
     torch.testing.assert_close(seen[0], expected, atol=tolerance, rtol=tolerance)
 
 
-def test_layers_do_not_share_their_past() -> None:
-    cache = new_cache()
+def test_layers_do_not_share_their_past(device: str) -> None:
+    cache = new_cache(device)
     key, value = random(TOKENS, KV_HEADS, DIM), random(TOKENS, KV_HEADS, DIM)
-    new_ops(cache=cache).attention(random(TOKENS, HEADS, DIM), key, value, Attention(layer=0, scale=1.0))
-    assert torch.equal(cache.load(0, TOKENS, DIM)[0], key)
-    assert torch.equal(cache.load(1, TOKENS, DIM)[1], torch.zeros_like(value))
+    new_ops(device, cache=cache).attention(random(TOKENS, HEADS, DIM), key, value, Attention(layer=0, scale=1.0))
+    assert torch.equal(cache.load(0, TOKENS, DIM)[0].cpu(), key)
+    assert torch.equal(cache.load(1, TOKENS, DIM)[1].cpu(), torch.zeros_like(value))
 
 
-def test_cache_rounds_to_its_types() -> None:
-    cache = new_cache(torch.float16, torch.bfloat16)
+def test_cache_rounds_to_its_types(device: str) -> None:
+    cache = new_cache(device, torch.float16, torch.bfloat16)
     key, value = random(2, KV_HEADS, DIM), random(2, KV_HEADS, DIM)
-    cache.store(0, torch.tensor([4, 2]), key, value)
-    keys, values = cache.load(0, 5, DIM)
+    cache.store(0, torch.tensor([4, 2], device=device), key.to(device), value.to(device))
+    keys, values = (part.cpu() for part in cache.load(0, 5, DIM))
     assert keys.dtype == torch.float32 and keys.shape == (5, KV_HEADS, DIM)
     assert torch.equal(keys[[4, 2]], key.half().float()) and torch.equal(values[[4, 2]], value.bfloat16().float())
     assert cache.nbytes == 2 * 2 * 32 * KV_HEADS * DIM * 2

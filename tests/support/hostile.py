@@ -158,7 +158,7 @@ SAFETENSORS = {
     "end 2^60": (safetensors({"t": entry("I8", [HUGE], 0, HUGE)}, bytes(32)), f"ends at data byte {HUGE}"),
     "metadata is a number": (safetensors({"__metadata__": 1}), "__metadata__"),
     "metadata holds a list": (safetensors({"__metadata__": {"a": []}}), "__metadata__"),
-    "weight in 8-bit floats": (safetensors({"t": entry("F8_E4M3", [8], 0, 8)}, bytes(8)), "dtype F8_E4M3"),
+    "weight in 8-bit floats": (safetensors({"t": entry("F8_E5M2", [8], 0, 8)}, bytes(8)), "dtype F8_E5M2"),
     "weight in packed bytes": (safetensors({"a.weight": entry("U8", [8], 0, 8)}, bytes(8)), "dtype U8"),
 }
 

@@ -33,6 +33,8 @@ def read_bytes(extent: Extent) -> bytes:
 
 def read_vector(vector: Vector) -> torch.Tensor:
     """The vector's values, offset included."""
+    if vector.stacked:
+        return torch.cat([read_tensor(tensor).reshape(-1) for tensor in vector.stacked])
     if vector.tensor is None:
         return torch.tensor(vector.values, dtype=torch.float32)
     values = read_tensor(vector.tensor) + vector.offset

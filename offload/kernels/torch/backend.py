@@ -24,6 +24,7 @@ from offload.kernels.torch.graphs import Graphs, Recorder, recorder_for
 from offload.kernels.torch.ops import TorchOps
 from offload.kernels.torch.positions import Positions
 from offload.kernels.torch.products import Products, products_for
+from offload.kernels.torch.scales import scales_of
 from offload.kernels.torch.shared_rows import SharedRows
 from offload.kernels.torch.token import TokenOps, graph_nbytes, kv_length
 from offload.models.base import Model
@@ -320,7 +321,7 @@ class TorchBackend:
         if vector is not None:
             return vector
         info = self._model.matrices[name]
-        return self._products.values(self._stored(name), info.element, info.shape)
+        return self._products.values(self._stored(name), info.element, info.shape, scales_of(info, self._weight))
 
     def _stored(self, name: str) -> torch.Tensor:
         return self._tier.view(self._offsets[name], self._model.matrices[name].nbytes)
@@ -338,7 +339,7 @@ class TorchBackend:
     ) -> Callable[[torch.Tensor], torch.Tensor]:
         """Multiplies by a matrix, or by its first rows."""
         shape = (info.shape[0] if rows is None else rows, info.shape[1])
-        return lambda x: self._products.product(x, raw, info.element, shape)
+        return lambda x: self._products.product(x, raw, info.element, shape, scales_of(info, self._weight))
 
 
 def check_device(device: str) -> None:

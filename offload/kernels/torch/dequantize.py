@@ -11,7 +11,12 @@ from offload.elements import ElementType
 from offload.errors import UnsupportedError
 from offload.kernels.torch import i_quants, k_quants, simple_quants
 
-_PLAIN: Final = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_PLAIN: Final = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,  # without the scales, which the tensor does not hold
+}
 _DECODERS: Final[dict[str, Callable[[torch.Tensor], torch.Tensor]]] = {
     "IQ1_M": i_quants.iq1_m,
     "IQ1_S": i_quants.iq1_s,

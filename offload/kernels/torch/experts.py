@@ -180,7 +180,7 @@ class TorchExperts:
         products = [
             partial(
                 self._products.expert_products, slots=starts, bank=arena, offset=offset, stride=UNIT,
-                element=info.element, shape=_shape(info.shape),
+                element=info.element, shape=_shape(info.shape), scales=ops.scales(info, numbers),
             )
             for offset, info in zip(self._offsets[layer], experts.experts[0], strict=True)
         ]  # fmt: skip
@@ -198,7 +198,7 @@ class TorchExperts:
             products = [
                 partial(
                     self._products.product, raw=self._tier.view(address + offset, info.nbytes), element=info.element,
-                    shape=_shape(info.shape),
+                    shape=_shape(info.shape), scales=ops.scales(info),
                 )
                 for offset, info in zip(self._offsets[layer], experts.experts[expert], strict=True)
             ]  # fmt: skip

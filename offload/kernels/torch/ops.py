@@ -17,7 +17,9 @@ from offload.kernels.torch.attention import attend
 from offload.kernels.torch.cache import TorchCache
 from offload.kernels.torch.positions import Positions
 from offload.kernels.torch.routing import Routed, Weights, choose, rank
+from offload.kernels.torch.scales import BlockScales, scales_of
 from offload.models.base import ExpertLayer
+from offload.models.checkpoint.base import TensorInfo
 
 _ACTIVATIONS: Final[dict[Activation, Callable[[torch.Tensor], torch.Tensor]]] = {
     "silu": functional.silu,
@@ -144,6 +146,10 @@ class TorchOps(Ops[torch.Tensor]):
         )
         gated, raised = _biased(gate(x), gate_bias), _biased(up(x), up_bias)
         return _biased(down(self.glu(gated, raised, layer.activation)), down_bias)
+
+    def scales(self, matrix: TensorInfo, numbers: torch.Tensor | None = None) -> BlockScales | None:
+        """See `scales_of`."""
+        return scales_of(matrix, self._weights, numbers)
 
     def output_rows(self, x: torch.Tensor) -> torch.Tensor:
         return x.index_select(0, self._output_rows)

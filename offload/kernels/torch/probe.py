@@ -8,11 +8,12 @@ from typing import Final
 
 import torch
 
-from offload.elements import ElementType, element_type
+from offload.elements import F8_E4M3, ElementType, element_type
 from offload.kernels.torch.products import Products, products_for
+from offload.kernels.torch.scales import BlockScales
 from offload.units import MIB
 
-TYPES: Final = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4", "F16", "BF16")
+TYPES: Final = ("Q4_0", "Q5_0", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS", "MXFP4", "F8_E4M3", "F16", "BF16")
 ROWS, COLUMNS = 16384, 8192  # of the matrix: more bytes than a card's cache holds, in every type
 _REPETITIONS: Final = 20
 _COPY_BYTES: Final = 256 * MIB
@@ -38,8 +39,11 @@ def _product_bps(products: Products, x: torch.Tensor, element: ElementType, rows
     nbytes = rows * element.row_bytes(x.shape[1])
     # any bytes are some matrix; below 100 no scale of any type is infinite
     raw = torch.randint(0, 100, (nbytes,), dtype=torch.uint8, device=x.device)
+    scales = BlockScales(torch.ones(1, 1, device=x.device), rows, x.shape[1]) if element == F8_E4M3 else None
     repetitions = _REPETITIONS if x.device.type == "cuda" else 1  # the stand-in decodes, which takes seconds
-    return nbytes / seconds(lambda: products.product(x, raw, element, (rows, x.shape[1])), x.device, repetitions)
+    return nbytes / seconds(
+        lambda: products.product(x, raw, element, (rows, x.shape[1]), scales), x.device, repetitions
+    )
 
 
 def seconds(work: Callable[[], object], device: torch.device, repetitions: int = _REPETITIONS) -> float:

@@ -85,6 +85,26 @@ def bf16(block):
 
 
 @triton.jit
+def _f8_value(code):
+    """E4M3 without its scale. Cards before Ada have no such type; a float16 holds it, as a 256th."""
+    bits = (code & 0x80) << 8 | (code & 0x7F) << 7
+    value = bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
+    return tl.where((code & 0x7F) == 0x7F, float("nan"), value)
+
+
+@triton.jit
+def f8_e4m3(block):
+    """A number a block."""
+    return _f8_value(tl.load(block).to(tl.int32))[:, None]
+
+
+@triton.jit
+def f8_e4m3_16(block):
+    """Sixteen numbers, which are one load."""
+    return _f8_value(_bytes(block, 16))
+
+
+@triton.jit
 def q4_0(block):
     """Four bits about 8."""
     codes = _halves(_bytes(block + 2, 16)).reshape(block.shape[0], 32)
@@ -207,6 +227,7 @@ FORMATS: Final = {
     "BF16": Format(bf16, order_plain),
     "F16": Format(f16, order_plain),
     "F32": Format(f32, order_plain),
+    "F8_E4M3": Format(f8_e4m3, order_plain),
     "IQ4_XS": Format(iq4_xs, order_16),
     "MXFP4": Format(mxfp4, order_32),
     "Q4_0": Format(q4_0, order_32),
@@ -217,3 +238,6 @@ FORMATS: Final = {
     "Q8_0": Format(q8_0, order_plain),
 }
 """By the names of `offload.elements`."""
+F8_TOGETHER: Final = 16
+F8_16: Final = Format(f8_e4m3_16, order_plain)
+"""For rows of FP8 that are a whole number of sixteens."""

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from offload.elements import ElementType
 from offload.kernels.torch.products import FEW_TOKENS, DecodedProducts
+from offload.kernels.torch.scales import BlockScales
 from offload.kernels.triton import kernels
 
 
@@ -21,25 +22,30 @@ class TritonProducts:
         self._dtype = dtype
         self._decoded = DecodedProducts()
 
-    def product(self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int]) -> torch.Tensor:
+    def product(
+        self, x: torch.Tensor, raw: torch.Tensor, element: ElementType, shape: tuple[int, int],
+        scales: BlockScales | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         if element.name not in kernels.SUPPORTED:
-            return self._decoded.product(x, raw, element, shape)
+            return self._decoded.product(x, raw, element, shape, scales)
         if x.shape[0] <= FEW_TOKENS:
-            return kernels.product(x, raw, element, shape)
-        return functional.linear(x.to(self._dtype), kernels.values(raw, element, shape, self._dtype)).float()
+            return kernels.product(x, raw, element, shape, scales)
+        return functional.linear(x.to(self._dtype), kernels.values(raw, element, shape, self._dtype, scales)).float()
 
     def expert_products(
         self, x: torch.Tensor, slots: torch.Tensor, bank: torch.Tensor, offset: int, stride: int, element: ElementType,
-        shape: tuple[int, int],
+        shape: tuple[int, int], scales: BlockScales | None = None,
     ) -> torch.Tensor:  # fmt: skip
         if element.name not in kernels.SUPPORTED:
-            return self._decoded.expert_products(x, slots, bank, offset, stride, element, shape)
-        return kernels.expert_products(x, slots, bank, offset, stride, element, shape)
+            return self._decoded.expert_products(x, slots, bank, offset, stride, element, shape, scales)
+        return kernels.expert_products(x, slots, bank, offset, stride, element, shape, scales)
 
-    def values(self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...]) -> torch.Tensor:
+    def values(
+        self, raw: torch.Tensor, element: ElementType, shape: tuple[int, ...], scales: BlockScales | None = None
+    ) -> torch.Tensor:
         if element.name not in kernels.SUPPORTED:
-            return self._decoded.values(raw, element, shape)
-        return kernels.values(raw, element, shape)
+            return self._decoded.values(raw, element, shape, scales)
+        return kernels.values(raw, element, shape, scales=scales)
 
     def decodes(self, element: ElementType) -> bool:
         return element.name not in kernels.SUPPORTED
