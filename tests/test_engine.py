@@ -44,7 +44,7 @@ def budget_at(share: float) -> Callable[[Demand, int, int | None], Plan]:
 
     Tiny checkpoints are smaller than the noise in what a Python process uses, so no `--ram` hits a given share of them.
     """
-    return lambda demand, _, device: make_plan(demand, budget_at_share(demand, share), device)
+    return lambda demand, _, device: make_plan(demand, budget_at_share(demand, share, device), device)
 
 
 def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -411,6 +411,6 @@ def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int 
     return plan
 
 
-def budget_at_share(demand: Demand, share: float) -> int:
-    least = minimum_budget(demand)
-    return least + int(share * (full_budget(demand) - least))
+def budget_at_share(demand: Demand, share: float, device: int | None = None) -> int:
+    least = minimum_budget(demand, device)
+    return least + int(share * (full_budget(demand) - minimum_budget(demand)))

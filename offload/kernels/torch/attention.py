@@ -10,11 +10,13 @@ import torch
 from torch.nn import functional
 
 from offload.kernels.ops import Attention
+from offload.models.base import Model
+from offload.units import PAGE
 
 
 def attend(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, attention: Attention,
-    sinks: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Float32 [T, S * G * value_dim].
 
@@ -59,3 +61,22 @@ def _by_hand(
     weights = scores.softmax(-1)[..., : k.shape[1]]
     mixed = weights.flatten(1, 2) @ v
     return mixed.reshape(*groups, -1)
+
+
+def device_attention_nbytes(model: Model, ctx: int, rows: int) -> int:
+    """An upper bound of what attention of so many tokens takes on a device beside the cache: scores, and a layer's past in
+    float32 where no fused kernel takes it as stored."""
+    config = model.config
+    return 12 * rows * config.num_heads * ctx + 8 * ctx * sum(config.cache_widths)
+
+
+def host_attention_nbytes(model: Model, ctx: int, rows: int) -> int:
+    """The same for a cache in host memory: a layer's past in float32, what crosses and its like, pages that layers leave
+    unused, and scores where torch's fused kernel for the CPU does not know the kind."""
+    config = model.config
+    dims, value_dim = config.cache_dims, config.value_dim or config.head_dim
+    past = 4 * ctx * config.num_kv_heads * (dims[0] + dims[-1])
+    crossing = 4 * rows * (config.num_heads * (config.head_dim + value_dim) + 2 * sum(config.cache_widths))
+    known = value_dim == config.head_dim and all(a.softcap is None and a.sinks is None for a in model.attentions)
+    scores = 0 if known else 4 * rows * config.num_heads * (ctx + 1)
+    return past + 3 * crossing + 4 * scores + config.num_layers * len(dims) * PAGE
