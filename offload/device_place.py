@@ -81,7 +81,7 @@ class DevicePlace:
         if shares:
             workspace += HostProducts.nbytes(self._opened.model)
         tokens = micro_batch_tokens(self._opened)
-        attention = host_attention_nbytes(self._opened.model, self._opened.ctx, tokens)
+        attention = host_attention_nbytes(self._opened.model, self._opened.ctx, tokens, self._opened.threads)
         return Footprint(
             in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget,
             shares=shares, host_attention_bytes=None if self._config.host_compute == "off" else attention,
@@ -100,7 +100,7 @@ class DevicePlace:
         self._stack.callback(self._tier.close)
         self._backend = TorchBackend(
             opened.model, opened.ctx, self._tier, threads=opened.threads, kv_type=self._config.kv_type,
-            host_kv=demand.host_kv, helper=None if self._experts_here is None else Helper(
+            host_kv=plan.host_kv, helper=None if self._experts_here is None else Helper(
                 self._experts_here, Processors(link_bps=demand.link_bps, host_bps=demand.expert_bps)),
         )  # fmt: skip
         self._stack.callback(self._backend.close)

@@ -142,6 +142,11 @@ class Plan:
         return min(1.0, held / every) if every else 1.0
 
     @property
+    def host_kv(self) -> frozenset[int]:
+        """Layers whose keys and values lie in host memory beside a device."""
+        return self.demand.host_kv
+
+    @property
     def device_kv_bytes(self) -> int:
         """Of the KV cache, what is on the device; `kv_bytes` are in host memory."""
         return 0 if self.demand.device_fixed is None else self.demand.device_fixed["kv"]

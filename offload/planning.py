@@ -106,7 +106,7 @@ def _fastest(choices: Sequence[Demand], budget: int, device_budget: int) -> Plan
         plan = _on_device(choices[number], budget, device_budget)
         if plan is not None:
             seconds = plan.seconds_at(plan.ctx)
-            if best is None or (seconds, number) < (best_s, len(best.demand.host_kv)):
+            if best is None or (seconds, number) < (best_s, len(best.host_kv)):
                 best, best_s = plan, seconds
     return best
 

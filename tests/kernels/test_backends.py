@@ -114,14 +114,23 @@ class Host(Driven):
 
 
 class Device(Driven):
+    host_kv: frozenset[int] = frozenset()
+
     def __init__(self, model: Model, kv_type: KVType) -> None:
         whole = replace(model, parts={name: (matrix,) for name, matrix in model.matrices.items()})
         self.tier = DeviceTier("cpu", 48 * MIB)
-        super().__init__(whole, TorchBackend(whole, CTX, self.tier, threads=2, kv_type=kv_type))
+        backend = TorchBackend(whole, CTX, self.tier, threads=2, kv_type=kv_type, host_kv=self.host_kv)
+        super().__init__(whole, backend)
 
     def room(self, nbytes: int) -> tuple[Array, int]:
         offset = self.tier.allocate(nbytes)
         return self.tier.view(offset, nbytes).numpy(), offset
+
+
+class Mixed(Device):
+    """Its last layers attend in host memory."""
+
+    host_kv = frozenset({1, 2})
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +171,7 @@ def make(model: Callable[[str], Model]) -> Iterator[Make]:
 
 
 both = pytest.mark.parametrize("kind", [Host, Device])
+every = pytest.mark.parametrize("kind", [Host, Device, Mixed])
 
 
 @pytest.mark.parametrize(("kv_type", "tolerance"), [("f32", 1e-4), ("f16", 2e-3)])
@@ -230,12 +240,12 @@ def test_a_pass_that_is_cancelled_in_the_middle_can_be_begun_again(make: Make, k
     assert np.array_equal(logits, expected)
 
 
-@both
+@every
 @pytest.mark.parametrize(("kv_type", "nbytes"), [("f16", 2), ("f32", 4)])
 def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
     make: Make, kind: type[Driven], kv_type: KVType, nbytes: int
 ) -> None:
-    driven, other = make(kind, kv_type=kv_type), make(kind, kv_type=kv_type)
+    driven, other = make(kind, kv_type=kv_type), make(Device if kind is Mixed else kind, kv_type=kv_type)
     *_, expected = map(driven.forward, (MicroBatch(0, 40), step := MicroBatch(40, 1, (0,))))
     for layer in range(LAYERS):
         for start, stop in ((0, 25), (25, 40)):
@@ -331,6 +341,17 @@ def test_a_kernel_that_fails_is_an_error(make: Make, monkeypatch: pytest.MonkeyP
 
 
 # ---- torch
+
+
+def test_a_layer_that_attends_in_host_memory_stands_alone_and_changes_no_bit(make: Make) -> None:
+    device, mixed = make(Device, "qwen2"), make(Mixed, "qwen2")
+    assert [piece.name.split(" .. ")[0] for piece in mixed.pieces] == [
+        "blk.0.attention", "blk.1.attention", "blk.1.feed_forward", "blk.2.attention", "blk.2.feed_forward"
+    ]  # fmt: skip
+    passes = (PROMPT, *((step,) for step in STEPS))
+    for streamed in ([], [key for key in mixed.blocks if key.layer == 1]):
+        mixed.stream(streamed)
+        assert all(np.array_equal(device.forward(*batches), mixed.forward(*batches)) for batches in passes)
 
 
 def test_torch_tells_what_it_takes_beside_the_matrices(make: Make) -> None:

@@ -23,6 +23,7 @@ from test_engine import split_at
 
 import offload
 from offload.blocks import BlockKey
+from offload.demand import Demand
 from offload.errors import Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.torch.backend import TorchBackend
@@ -32,6 +33,8 @@ from offload.kernels.torch.token import POOL_SLACK_BYTES, graph_nbytes
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
 from offload.models.registry import build_model
+from offload.plan import Plan
+from offload.planning import make_plan
 from offload.tiers.base import CancelToken
 from offload.tiers.vram import DeviceTier
 from offload.units import MIB
@@ -91,6 +94,26 @@ def test_pieces_that_wait_for_blocks_run_between_graphs(
     assert found[:2] == expected[:2] and np.array_equal(found[2], expected[2])
     if isinstance(given, TapeRecorder):
         assert given.replays > 330
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v2"])
+def test_layers_that_the_host_attends_to_run_between_graphs(
+    family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = tiny_checkpoint(family, tmp_path, max_position_embeddings=CTX), recorder(device)
+    expected = answers(model, device, None, monkeypatch)
+
+    def mixed(demand: Demand, ram: int, vram: int | None) -> Plan:
+        assert demand.kv is not None
+        need = demand.with_host_kv(frozenset(range(0, len(demand.kv.reaches), 2)))
+        return make_plan(replace(need, kv=None), ram, vram)
+
+    monkeypatch.setattr("offload.opening.make_plan", mixed)
+    plain, found = (answers(model, device, how, monkeypatch) for how in (None, given))
+    assert found[:2] == plain[:2] and np.array_equal(found[2], plain[2])
+    if isinstance(given, TapeRecorder):
+        assert given.replays > 330
+        assert np.array_equal(found[2], expected[2])
 
 
 class Driven:
