@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -399,14 +400,15 @@ def test_three_tiers_give_the_same_tokens_at_every_split(
 
 
 def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int | None], Plan]:
-    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device, if it may."""
+    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device, if it may. The
+    KV cache is on the device."""
 
     def plan(demand: Demand, _: int, device: int | None) -> Plan:
         assert demand.device_fixed is not None and device is not None
         everything = sum(block.footprint for block in demand.blocks)
         ring = minimum_budget(demand) - sum(demand.fixed.values())
         vram = sum(demand.device_fixed.values()) + ring + int(vram_share * (everything - ring))
-        return make_plan(demand, budget_at_share(demand, ram_share), min(vram, device))
+        return make_plan(replace(demand, kv=None), budget_at_share(demand, ram_share), min(vram, device))
 
     return plan
 

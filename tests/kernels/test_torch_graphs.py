@@ -20,6 +20,7 @@ from support.checkpoints import FAMILIES, LLAMA3_SCALING, tiny_checkpoint
 from support.running import PlainRunner, read_bytes, read_vector
 from support.tape import TapeRecorder
 from test_engine import split_at
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import offload
 from offload.blocks import BlockKey
@@ -28,6 +29,7 @@ from offload.errors import Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.torch.backend import TorchBackend
 from offload.kernels.torch.graphs import LENGTHS_KEPT, CudaRecorder, Graphs, Recorder
+from offload.kernels.torch.ops import on_host
 from offload.kernels.torch.products import DecodedProducts
 from offload.kernels.torch.token import POOL_SLACK_BYTES, graph_nbytes
 from offload.models.base import Model
@@ -108,6 +110,11 @@ def test_layers_that_the_host_attends_to_run_between_graphs(
         need = demand.with_host_kv(frozenset(range(0, len(demand.kv.reaches), 2)))
         return make_plan(replace(need, kv=None), ram, vram)
 
+    def fetched(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert _get_current_dispatch_mode() is None, "a card refuses to fetch anything while it records"
+        return on_host(*tensors)
+
+    monkeypatch.setattr("offload.kernels.torch.ops.on_host", fetched)
     monkeypatch.setattr("offload.opening.make_plan", mixed)
     plain, found = (answers(model, device, how, monkeypatch) for how in (None, given))
     assert found[:2] == plain[:2] and np.array_equal(found[2], plain[2])
