@@ -195,7 +195,8 @@ class PlanOptions:
         AutoChoice,
         _memory(
             "--host-compute",
-            about="Have the CPU compute, beside a device, what lies in host memory. Default: auto, while it pays.",
+            about="Have the CPU compute, beside a device, what lies in host memory: weights, experts, attention over a KV "
+            "cache that the device has no room for. Default: auto, while it pays.",
             env="OFFLOAD_HOST_COMPUTE",
         ),
     ] = AutoChoice.auto

@@ -76,6 +76,8 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         else {"predicted_tps": more.predicted_tps, "streamed_bytes": more.streamed_bytes},
         "would_buy": [better._asdict() for better in would_buy(plan)],
         "device_slots": list(plan.device_slots),
+        "device_kv_bytes": plan.device_kv_bytes,
+        "host_kv_layers": sorted(plan.host_kv),
         "placements": [{"block": str(p.key), "tier": p.tier, "bytes": p.nbytes} for p in plan.placements],
     }
 
@@ -100,6 +102,9 @@ def show(plan: Plan, console: Console) -> None:
     console.print(_memory_table(plan))
     console.print(f"\nWeights: {format_size(plan.model_bytes)}")
     console.print(_placement_table(plan))
+    if plan.device_budget_bytes is not None:
+        console.print(f"\nKV cache: {format_size(plan.device_kv_bytes + plan.kv_bytes)}")
+        console.print(_kv_table(plan))
     console.print()
     for line in verdict(plan):
         console.print(Text(line))
@@ -188,6 +193,17 @@ def _placement_table(plan: Plan) -> Table:
         if left > 0:
             rest = left * size // count
             table.add_row("disk, experts", _bar(rest, plan.model_bytes), *_row(left, rest))
+    return table
+
+
+def _kv_table(plan: Plan) -> Table:
+    table = Table("tier", "", "layers", "size", box=None, padding=(0, 2, 0, 0))
+    total, there = plan.device_kv_bytes + plan.kv_bytes, len(plan.host_kv)
+    layers = str(len(plan.demand.kv.reaches) - there) if plan.demand.kv is not None else "all"
+    if plan.device_kv_bytes:
+        table.add_row("device", _bar(plan.device_kv_bytes, total), layers, format_size(plan.device_kv_bytes))
+    if there:
+        table.add_row("memory, attended to by the CPU", _bar(plan.kv_bytes, total), *_row(there, plan.kv_bytes))
     return table
 
 

@@ -19,7 +19,7 @@ from itertools import islice
 from typing import Literal, NamedTuple, Protocol, cast
 
 from offload.blocks import Extent
-from offload.kernels.ops import Activation, Ops, T
+from offload.kernels.ops import Activation, Attention, Ops, T
 from offload.models.checkpoint.base import TensorInfo
 
 
@@ -57,6 +57,7 @@ class Stage(Protocol):
         layer: index of the layer, -1 for the head.
         matrices: names of the matrices that `forward` uses, in order of use.
         routes, mixes: whether `forward` ends by choosing experts of its layer, or begins by needing what they returned.
+        attends: whether `forward` looks at what the cache keeps of its layer.
     """
 
     @property
@@ -74,9 +75,19 @@ class Stage(Protocol):
     @property
     def mixes(self) -> bool: ...
 
+    @property
+    def attends(self) -> bool: ...
+
     def forward(self, ops: Ops[T], x: T) -> T:
         """Hidden states [num_tokens, hidden_size] in and out; a head stage returns its slice of the logits."""
         ...
+
+
+class Attending(Stage, Protocol):
+    """A stage that attends."""
+
+    @property
+    def attention(self) -> Attention: ...
 
 
 class Router(Stage, Protocol):
@@ -190,6 +201,11 @@ class Model:
     def all_matrices(self) -> list[TensorInfo]:
         """The matrices, and those of one expert of each layer."""
         return [*self.matrices.values(), *(matrix for layer in self.experts.values() for matrix in layer.experts[0])]
+
+    @property
+    def attentions(self) -> tuple[Attention, ...]:
+        """Of all layers, in order."""
+        return tuple(cast(Attending, stage).attention for stage in self.stages if stage.attends)
 
     @cached_property
     def routers(self) -> Mapping[int, Router]:

@@ -8,6 +8,7 @@ kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from offload.kernels.ops import Attention, Ops, Rope, T
 from offload.models.assembly import Assembly
@@ -56,6 +57,7 @@ class LatentAttentionStage(DenseStage):
     unfold: Projection | tuple[str, str]
     output: Projection
     attention: Attention
+    attends: ClassVar[bool] = True
     rope: Rope
     is_last: bool = False
 

@@ -40,6 +40,7 @@ class DenseStage:
     __slots__ = ()
     routes: ClassVar[bool] = False
     mixes: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +67,7 @@ class AttentionStage(DenseStage):
     qkv: tuple[Projection, ...]
     output: Projection
     attention: Attention
+    attends: ClassVar[bool] = True
     rope: Rope | None = None
     query_norm: Norm | None = None
     key_norm: Norm | None = None

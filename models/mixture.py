@@ -22,6 +22,7 @@ class RouterStage:
     routing: Routing
     routes: ClassVar[bool] = True
     mixes: ClassVar[bool] = False
+    attends: ClassVar[bool] = False
 
     @property
     def layer(self) -> int:
@@ -72,6 +73,7 @@ class MixStage:
     residual_multiplier: float | None = None
     routes: ClassVar[bool] = False
     mixes: ClassVar[bool] = True
+    attends: ClassVar[bool] = False
 
     @property
     def matrices(self) -> tuple[str, ...]:

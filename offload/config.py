@@ -115,7 +115,8 @@ class LoadConfig:
             tune` or a replay found best for this model, else the default.
         prefetch: whether experts are read ahead of need: "on", "off", or "auto" for as long as a trial shows that it pays.
         host_compute: whether the CPU computes, beside a device, what lies in host memory: "on", "off", or "auto" for as long
-            as a trial shows that it pays. Tokens agree to rounding.
+            as a trial shows that it pays. Tokens agree to rounding. Where keys and values of some layers lie in host memory,
+            which the plan decides, their attention is computed there; with "off" all are on the device.
         skip_experts_below: leaves out experts whose share of a token's router weights is smaller, between 0 and 1. Changes
             what is computed, the same at every budget; 0, the default, changes nothing.
         expert_pack: a side file of `offload pack`. coarse_experts_below: from it, experts that a decoded token gives a

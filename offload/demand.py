@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import Final
 
@@ -11,6 +11,7 @@ from offload.bank_plan import BankDemand, Curve
 from offload.blocks import BlockKey, BlockSpec
 from offload.config import FEW_TOKENS, KV_BUCKET, MICRO_BATCH_TOKENS
 from offload.expert_bank import expert_banks, expert_nbytes
+from offload.kv_plan import KVDemand
 from offload.models.base import Model
 from offload.models.checkpoint.base import TensorInfo
 from offload.units import MIB, align_up
@@ -35,7 +36,8 @@ class Rates:
     """Speeds of the machine in bytes/s: the disk, the CPU's kernels by element type at batch 1, host memory to the device.
 
     `device_bps`: the same of a device's kernels; empty where computing happens on the CPU, or that stands in. `attention_s`
-    is what one token spends on one cached position of one layer.
+    is what one token spends on one cached position of one layer on the CPU, `device_attention_s` on the device, and
+    `crossing_s` the time from there to host memory and back.
     """
 
     disk_bps: float
@@ -43,6 +45,8 @@ class Rates:
     device_bps: Mapping[str, float] = field(default_factory=dict)
     link_bps: float = 0.0
     attention_s: float = 0.0
+    device_attention_s: float = 0.0
+    crossing_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +67,8 @@ class Demand:
         dense_bps, expert_bps: bytes of matrices, and of experts, that the CPU computes in a second for one token.
         shared: indices into `blocks` of those whose rows the CPU can compute beside a device.
         device_fixed: bytes that are always on the device, by purpose; None when computing happens in host RAM.
+        kv: what layers need whose keys and values may lie in host memory; None where that is no choice. host_kv: those that
+            do; `fixed`, `device_fixed` and `attention_s` are of this placement.
         kv_bucket_tokens: positions by which the used part of the KV cache grows. kv_bucket_bytes: memory of so many; 0 where
             the cache's unused part cannot be lent.
         prompt_bytes: of the workspace, what only prompts use and give back; 0 where it cannot be lent.
@@ -86,10 +92,29 @@ class Demand:
     prefill_tokens_per_pass: int
     link_bps: float = 0.0
     device_fixed: Mapping[str, int] | None = None
+    kv: KVDemand | None = None
+    host_kv: frozenset[int] = frozenset()
     kv_bucket_tokens: int = 1
     kv_bucket_bytes: int = 0
     prompt_bytes: int = 0
     kv_streamed_bytes: int = 0
+
+    @property
+    def crossing_s(self) -> float:
+        """What attention in host memory adds to every token, wherever it is in the context."""
+        return self.kv.crossing_s * len(self.host_kv) if self.kv is not None else 0.0
+
+    def with_host_kv(self, layers: frozenset[int]) -> Demand:
+        """The same with keys and values of these layers in host memory, and of no others."""
+        kv, device = self.kv, self.device_fixed
+        assert kv is not None and device is not None, "where there is nothing to choose"
+        here = len(kv.reaches) - len(layers)
+        host = {"kv": align_up(len(layers) * kv.layer_bytes), "attention": kv.host_bytes if layers else 0}
+        there = {"kv": here * kv.layer_bytes, "attention": kv.device_bytes if here else 0}
+        return replace(
+            self, host_kv=layers, fixed={**self.fixed, **host}, device_fixed={**device, **there},
+            attention_s=kv.attention_s(layers),
+        )  # fmt: skip
 
     def kv_used(self, tokens: int) -> int:
         """Bytes of the KV cache in use when it holds `tokens` positions."""
@@ -170,6 +195,7 @@ def make_demand(
     micro_batch_bytes: int, lends: bool, base_bytes: int, rates: Rates, budget_bytes: int | None,
     device_fixed: Mapping[str, int] | None = None, curves: Sequence[Curve] = (), shares: bool = False,
     kv_streamed_bytes: int = 0,
+    host_attention_bytes: int | None = None,
 ) -> Demand:  # fmt: skip
     """The demand of `model` at context `ctx`.
 
@@ -184,6 +210,8 @@ def make_demand(
         curves: how often experts hit, bank by bank, from a trace; see `BankDemand`.
         shares: whether the host computes beside a device.
         kv_streamed_bytes: of the cache, what is read from disk for a token at the end of a full context.
+        host_attention_bytes: what attention takes of host memory beside the cache, where layers may keep keys and values
+            there; None where all are on the device.
     """
     blocks = model_blocks(model, in_parts=in_parts)
     per_batch = micro_batch_nbytes(model, ctx) + micro_batch_bytes
@@ -213,7 +241,7 @@ def make_demand(
         embedding=_table(model),
         fixed=fixed,
         compute_s=compute_s,
-        attention_s=attention_seconds(model, rates, ctx),
+        attention_s=_attention_seconds(model, rates.attention_s if device_fixed is None else rates.device_attention_s, ctx),
         fetch_s=FETCH_LAYER_S * len(model.experts),
         disk_bps=rates.disk_bps,
         kv_streamed_bytes=kv_streamed_bytes,
@@ -222,6 +250,7 @@ def make_demand(
         shared=_shared(model, blocks) if shares else frozenset(),
         link_bps=rates.link_bps,
         device_fixed=device_fixed,
+        kv=_kv_demand(model, ctx, rates, device_fixed, host_attention_bytes),
         ctx=ctx,
         trained_ctx=model.config.context_length,
         prefill_tokens_per_pass=per_pass * rows,
@@ -296,9 +325,30 @@ def expert_rate(model: Model, rates: Rates) -> float:
     return sum(matrix.nbytes for matrix in matrices) / seconds * EXPERT_EFFICIENCY
 
 
-def attention_seconds(model: Model, rates: Rates, ctx: int) -> float:
+def _attention_seconds(model: Model, position_s: float, ctx: int) -> float:
     """What attention adds to a token at the end of a full context."""
-    return rates.attention_s * sum(min(window or ctx, ctx) for window in model.config.sliding_windows)
+    return position_s * sum(_reaches(model, ctx))
+
+
+def _reaches(model: Model, ctx: int) -> tuple[int, ...]:
+    """By layer, how many positions a token sees at the end of a full context."""
+    return tuple(min(window or ctx, ctx) for window in model.config.sliding_windows)
+
+
+def _kv_demand(
+    model: Model, ctx: int, rates: Rates, device_fixed: Mapping[str, int] | None, host_attention_bytes: int | None
+) -> KVDemand | None:
+    if device_fixed is None or host_attention_bytes is None:
+        return None
+    return KVDemand(
+        layer_bytes=device_fixed["kv"] // model.config.num_layers,
+        reaches=_reaches(model, ctx),
+        device_s=rates.device_attention_s,
+        host_s=rates.attention_s,
+        crossing_s=rates.crossing_s,
+        device_bytes=device_fixed["attention"],
+        host_bytes=host_attention_bytes,
+    )
 
 
 def _vector_nbytes(model: Model, name: str) -> int:

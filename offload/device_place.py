@@ -63,6 +63,7 @@ class DevicePlace:
         return self._backend
 
     def footprint(self) -> Footprint:
+        from offload.kernels.torch.attention import host_attention_nbytes
         from offload.kernels.torch.backend import TorchBackend, check_device, free_device_bytes
 
         assert self._opened.device is not None
@@ -80,9 +81,11 @@ class DevicePlace:
         workspace = 0 if self._experts_here is None else self._experts_here.nbytes
         if shares:
             workspace += HostProducts.nbytes(self._opened.model)
+        tokens = micro_batch_tokens(self._opened)
+        attention = host_attention_nbytes(self._opened.model, self._opened.ctx, tokens, self._opened.threads)
         return Footprint(
             in_parts=False, kv_bytes=0, workspace_bytes=workspace, device_fixed=fixed, device_budget_bytes=budget,
-            shares=shares,
+            shares=shares, host_attention_bytes=None if self._config.host_compute == "off" else attention,
         )  # fmt: skip
 
     def spill(self, nbytes: int = 0) -> bool:
@@ -108,7 +111,7 @@ class DevicePlace:
         self._stack.callback(self._tier.close)
         self._backend = TorchBackend(
             opened.model, opened.ctx, self._tier, threads=opened.threads, kv_types=self._config.kv_types,
-            helper=None if self._experts_here is None else Helper(
+            host_kv=plan.host_kv, helper=None if self._experts_here is None else Helper(
                 self._experts_here, Processors(link_bps=demand.link_bps, host_bps=demand.expert_bps)),
         )  # fmt: skip
         self._stack.callback(self._backend.close)
@@ -250,7 +253,7 @@ def less_memory(device: str, plan: Plan) -> int:
 
     assert plan.device_budget_bytes is not None
     wanted = min(plan.device_budget_bytes * 3 // 4, free_device_bytes(device))
-    return min(plan.device_budget_bytes, max(minimum_device_budget(plan.demand), wanted))
+    return min(plan.device_budget_bytes, max(minimum_device_budget(plan.demand, plan.budget_bytes), wanted))
 
 
 def has_second_processor(device: str) -> bool:

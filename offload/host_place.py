@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from platformdirs import user_cache_path
 
 from offload.blocks import BlockSpec, ExpertKey
+from offload.cache_plan import CacheShare, CacheSizes, least_cache, share_cache
 from offload.config import EXPERT_READ_WORKERS, GUESSED_EXPERTS, KV_BUCKET, RESERVED_SLOTS, LoadConfig
 from offload.demand import model_blocks
 from offload.expert_bank import BankSpec, expert_banks
@@ -17,7 +18,6 @@ from offload.expert_slots import ExpertBank
 from offload.kernels.batch import Backend, Floats, Foresight
 from offload.kernels.ggml.backend import GgmlBackend
 from offload.kernels.ggml.cache import bucket_nbytes, buckets_of, table_keys
-from offload.kv_plan import CacheShare, CacheSizes, least_cache, share_cache
 from offload.kv_stream import TableLayout, TableStream
 from offload.lending import CacheMemory, IdleMemory, Range
 from offload.models.base import Model

@@ -171,7 +171,8 @@ class Footprint:
         in_parts: whether matrices move in parts by rows.
         workspace_bytes: for passes of a few tokens. prompt_bytes: that longer ones need in addition, and micro_batch_bytes
             that each of their micro-batches does.
-        shares: whether the host computes beside the device.
+        shares: whether the host computes beside the device. host_attention_bytes: what attention takes of host memory beside
+            the cache, where layers may keep keys and values there; None where all are on the device.
         lends: whether what the cache and prompts do not use can be given back to the system, and so be lent to weights.
     """
 
@@ -185,6 +186,7 @@ class Footprint:
     device_fixed: dict[str, int] | None = None
     device_budget_bytes: int | None = None
     shares: bool = False
+    host_attention_bytes: int | None = None
 
 
 def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
@@ -215,18 +217,19 @@ def plan_for(opened: Opened, config: LoadConfig, footprint: Footprint) -> Plan:
             micro_batch_bytes=footprint.micro_batch_bytes, lends=footprint.lends, base_bytes=base_bytes, rates=rates,
             budget_bytes=budget, device_fixed=footprint.device_fixed, curves=curves,
             shares=footprint.shares, kv_streamed_bytes=footprint.kv_streamed_bytes,
+            host_attention_bytes=footprint.host_attention_bytes,
         )  # fmt: skip
 
     # the minimum that is named, to a person or by "minimum", still holds when the process is a little larger next time
-    named = demand(None, align_up(base, _BASE_STEP) + _BASE_STEP)
+    named, device_budget = demand(None, align_up(base, _BASE_STEP) + _BASE_STEP), footprint.device_budget_bytes
     if config.ram == "minimum":
-        return make_plan(named, minimum_budget(named), footprint.device_budget_bytes)
+        return make_plan(named, minimum_budget(named, device_budget), device_budget)
     budget = config.ram if config.ram is not None else default_budget(base)
     for candidate in (demand(budget, base), demand(None, base)):
-        if budget >= minimum_budget(candidate):
-            plan = make_plan(candidate, budget, footprint.device_budget_bytes)
-            return replace(plan, minimum_bytes=min(budget, minimum_budget(named)))
-    return make_plan(named, budget, footprint.device_budget_bytes)
+        if budget >= minimum_budget(candidate, device_budget):
+            plan = make_plan(candidate, budget, device_budget)
+            return replace(plan, minimum_bytes=min(budget, minimum_budget(named, device_budget)))
+    return make_plan(named, budget, device_budget)
 
 
 def known_tuning(opened: Opened) -> Tuning | None:

@@ -90,7 +90,11 @@ class Plan:
         return self.predicted_tps_at(0)
 
     def predicted_tps_at(self, position: int) -> float:
-        """Decoded tokens per second behind `position` tokens.
+        """Decoded tokens per second behind `position` tokens."""
+        return 1 / max(self.seconds_at(position), 1e-9)
+
+    def seconds_at(self, position: int) -> float:
+        """Seconds that a token behind `position` others takes.
 
         Computing and reading overlap, so the longer of the two decides, and the shorter slows it a little; attention's
         share of computing grows with the position (a sliding window's, which stops growing, counts as if it grew evenly).
@@ -100,8 +104,7 @@ class Plan:
         if self.missed_bytes_at(position):
             compute_s += self.demand.fetch_s
             overlap_cost = EXPERT_OVERLAP_COST
-        longer, shorter = max(compute_s, stream_s), min(compute_s, stream_s)
-        return 1 / max(longer + overlap_cost * shorter, 1e-9)
+        return overlapped_s(compute_s, stream_s, overlap_cost)
 
     def on_loan(self, tokens: int, *, prompt: bool = False) -> int:
         """How many of `borrowers` fit into what is idle, see `Demand.idle`."""
@@ -138,6 +141,16 @@ class Plan:
         every = sum(bank.num_experts for bank in self.demand.banks)
         held = sum(self.bank_slots) + sum(self.device_slots)
         return min(1.0, held / every) if every else 1.0
+
+    @property
+    def host_kv(self) -> frozenset[int]:
+        """Layers whose keys and values lie in host memory beside a device."""
+        return self.demand.host_kv
+
+    @property
+    def device_kv_bytes(self) -> int:
+        """Of the KV cache, what is on the device; `kv_bytes` are in host memory."""
+        return 0 if self.demand.device_fixed is None else self.demand.device_fixed["kv"]
 
     @property
     def bank_bytes_held(self) -> int:
@@ -209,6 +222,11 @@ class Plan:
     def from_disk(self) -> frozenset[BlockKey]:
         """Keys of the blocks that are read from disk in every pass."""
         return frozenset(placement.key for placement in self.placements if placement.tier == "nvme")
+
+
+def overlapped_s(compute_s: float, stream_s: float, overlap_cost: float = OVERLAP_COST) -> float:
+    """Seconds of a token: the longer of the two, which the shorter slows a little."""
+    return max(compute_s, stream_s) + overlap_cost * min(compute_s, stream_s)
 
 
 def moving_s(demand: Demand, link_bytes: float, disk_bytes: int) -> float:

@@ -58,13 +58,13 @@ def machine_rates(
     links, link_bps = _link_rate(device, profile.links_bps)
     if (disks, links) != (profile.disks_bps, profile.links_bps):
         _remember(replace(profile, disks_bps=disks, links_bps=links, measured_at=_now()))
-    return Rates(
-        disk_bps=disk_bps,
-        kernel_bps=kernels,
-        device_bps=_device_rates(device, names),
-        link_bps=link_bps,
-        attention_s=measure_attention(model.config, kv_types, threads, seconds=KERNEL_PROBE_S),
-    )
+    rates = Rates(disk_bps=disk_bps, kernel_bps=kernels, device_bps=_device_rates(device, names), link_bps=link_bps)
+    if device is None:
+        return replace(rates, attention_s=measure_attention(model.config, kv_types, threads, seconds=KERNEL_PROBE_S))
+    from offload.kernels.torch.probe import measure_attentions
+
+    host_s, device_s, crossing_s = measure_attentions(model, kv_types, device, threads)
+    return replace(rates, attention_s=host_s, device_attention_s=device_s, crossing_s=crossing_s)
 
 
 def _disk_rate(file: Path, known: Mapping[str, float]) -> tuple[Mapping[str, float], float]:

@@ -81,5 +81,5 @@ def test_every_family_is_exact_and_within_its_budget_whatever_a_device_holds(
         assert from_disk == 0 if ram == 1 else from_disk > 0 or ram > 0 or share > 0.5, (share, ram)
     assert np.abs(seen[0] - on_cpu).max() <= tolerance(name) * np.ptp(on_cpu)
     assert all(np.array_equal(logits, seen[0]) for logits in seen)
-    assert held == sorted(set(held)), "each budget holds more than the one before"
+    assert held[0] < held[-1] == max(held) and not plan.host_kv
     assert plan.link_bytes == 0 and list(plan.device_slots) == [bank.num_experts for bank in plan.demand.banks]

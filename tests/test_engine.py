@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +47,7 @@ def budget_at(share: float) -> Callable[[Demand, int, int | None], Plan]:
 
     Tiny checkpoints are smaller than the noise in what a Python process uses, so no `--ram` hits a given share of them.
     """
-    return lambda demand, _, device: make_plan(demand, budget_at_share(demand, share), device)
+    return lambda demand, _, device: make_plan(demand, budget_at_share(demand, share, device), device)
 
 
 def test_logits_and_tokens_are_the_same_bits_at_every_budget(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,10 +449,12 @@ def test_three_tiers_give_the_same_tokens_at_every_split(
 
 
 def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int | None], Plan]:
-    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device, if it may."""
+    """A planner that takes these shares of the way from the minimum to everything, in RAM and on the device, if it may. The
+    KV cache is on the device."""
 
     def plan(demand: Demand, _: int, device: int | None) -> Plan:
         assert demand.device_fixed is not None and device is not None
+        demand = replace(demand, kv=None)  # whose keys and values are on the device
         every = range(len(demand.blocks))
         more = vram_share * (nbytes(demand, every) - ring_bytes(demand, every, 0.0))
         vram = minimum_device_budget(demand) + int(more)
@@ -460,6 +463,6 @@ def split_at(ram_share: float, vram_share: float) -> Callable[[Demand, int, int 
     return plan
 
 
-def budget_at_share(demand: Demand, share: float) -> int:
-    least = minimum_budget(demand)
-    return least + int(share * (full_budget(demand) - least))
+def budget_at_share(demand: Demand, share: float, device: int | None = None) -> int:
+    least = minimum_budget(demand, device)
+    return least + int(share * (full_budget(demand) - minimum_budget(demand)))

@@ -12,9 +12,9 @@ from support.checkpoints import tiny_checkpoint
 from test_engine import budget_at
 
 import offload
+from offload.cache_plan import CacheSizes, least_cache, share_cache
 from offload.demand import Demand
 from offload.errors import BudgetError, StorageError
-from offload.kv_plan import CacheSizes, least_cache, share_cache
 from offload.plan import Plan
 from offload.planning import full_budget, make_plan
 from offload.units import PAGE

@@ -103,9 +103,15 @@ def test_a_link_is_probed_once_for_each_card_and_the_cpu_has_none(home: Home, op
     home.patch.setattr(
         "offload.kernels.torch.probe.measure_products", lambda device, names, rows: [(name, 3e11) for name in names]
     )
+    home.patch.setattr(
+        "offload.kernels.torch.probe.measure_attention",
+        lambda model, dtype, device, threads: {"cuda": 1e-10, "cpu": 3e-8}[device.type],
+    )
+    home.patch.setattr("offload.kernels.torch.probe.measure_crossing", lambda device: 2e-5)
     found = [home.rates(opened, device=device) for device in ("cuda", "cuda:0", "cuda:1", "cuda:1")]
     for on_card in (rates for rates, _ in found):
         assert set(on_card.device_bps.values()) == {3e11} and on_card.device_bps.keys() == on_card.kernel_bps.keys()
+        assert (on_card.attention_s, on_card.device_attention_s, on_card.crossing_s) == (3e-8, 1e-10, 2e-5)
         on_host = replace(on_card, device_bps={})
         assert compute_seconds(opened.model, on_card) < compute_seconds(opened.model, on_host)
         assert dense_rate(opened.model, on_card) == dense_rate(opened.model, on_host) == pytest.approx(KERNEL_BPS)
@@ -118,4 +124,5 @@ def test_a_link_is_probed_once_for_each_card_and_the_cpu_has_none(home: Home, op
     ]
     assert saved(home).links_bps == {"A": LINK_BPS, "B": LINK_BPS} and len(saved(home).disks_bps) == 1
     rates, _ = home.rates(opened, device="cpu")
+    assert (rates.attention_s, rates.device_attention_s, rates.crossing_s) == (3e-8, 3e-8, 0.0)
     assert rates.link_bps == HOST_COPY_BPS and not rates.device_bps and set(saved(home).links_bps) == {"A", "B"}

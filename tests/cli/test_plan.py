@@ -10,6 +10,7 @@ from offload.blocks import BlockKey, BlockSpec
 from offload.cli.plan import one_more, plan_json, show
 from offload.demand import Demand
 from offload.errors import BudgetError
+from offload.kv_plan import KVDemand
 from offload.planning import make_plan, with_budget
 from offload.units import format_size, format_speed
 
@@ -75,6 +76,20 @@ def test_what_an_empty_context_lends_is_said(demand):
         assert part in text
     assert plan_json(plan)["streamed_bytes_at_start"] == plan.streamed_bytes_at(0)
     assert "holds weights" not in drawn(make_plan(demand, int(3.5 * GIB)))
+
+
+def test_the_cache_on_a_device_and_in_memory_is_drawn_and_told(demand):
+    kv = KVDemand(layer_bytes=GIB // 2, reaches=(4096,) * 4, device_s=1e-9, host_s=2e-9, host_bytes=GIB // 8)
+    on_device = replace(demand, device_fixed={"kv": 2 * GIB}, link_bps=8e9, kv=kv).with_host_kv(frozenset())
+    assert "KV cache:" not in drawn(make_plan(demand, 8 * GIB))
+    for vram, there in ((8, 0), (4, 4), (3.5, 3)):
+        plan = make_plan(on_device, 8 * GIB, int(vram * GIB))
+        text, found = " ".join(drawn(plan).split()), json.loads(json.dumps(plan_json(plan)))
+        assert found["host_kv_layers"] == sorted(plan.host_kv) and len(found["host_kv_layers"]) == there
+        assert (found["device_kv_bytes"], found["kv_bytes"]) == ((4 - there) * GIB // 2, there * GIB // 2)
+        assert "KV cache: 2.00 GiB" in text and ("attended to by the CPU" in text) == (there > 0)
+        assert (f"{there} {format_size(there * GIB // 2)}" in text) == (there > 0)
+        assert (f"{4 - there} {format_size((4 - there) * GIB // 2)} " in text) == (there < 4)
 
 
 def test_json_adds_up(demand):

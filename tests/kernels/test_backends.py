@@ -117,14 +117,23 @@ class Host(Driven):
 
 
 class Device(Driven):
+    host_kv: frozenset[int] = frozenset()
+
     def __init__(self, model: Model, types: KVTypes) -> None:
         whole = replace(model, parts={name: (matrix,) for name, matrix in model.matrices.items()})
         self.tier = DeviceTier("cpu", 48 * MIB)
-        super().__init__(whole, TorchBackend(whole, CTX, self.tier, threads=2, kv_types=types))
+        backend = TorchBackend(whole, CTX, self.tier, threads=2, kv_types=types, host_kv=self.host_kv)
+        super().__init__(whole, backend)
 
     def room(self, nbytes: int) -> tuple[Array, int]:
         offset = self.tier.allocate(nbytes)
         return self.tier.view(offset, nbytes).numpy(), offset
+
+
+class Mixed(Device):
+    """Its last layers attend in host memory."""
+
+    host_kv = frozenset({1, 2})
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +185,7 @@ def stream_tables(driven: Host, layers: set[int]) -> None:
 
 
 both = pytest.mark.parametrize("kind", [Host, Device])
+every = pytest.mark.parametrize("kind", [Host, Device, Mixed])
 
 
 # f16 is off by 2^-11 of a number at most; bf16 by 8 times that, q8_0 and q4_0 by 8 and 128 times, of the largest of a block
@@ -264,12 +274,13 @@ ROWS = (("f16", "f16", 128), ("f32", "f32", 256), ("bf16", "f32", 192), ("q8_0",
 
 @pytest.mark.parametrize(
     ("kind", "key", "value", "nbytes"),
-    [(Host, *row) for row in ROWS] + [(Device, *row) for row in ROWS if "q" not in row[0]],
+    [(Host, *row) for row in ROWS] + [(kind, *row) for row in ROWS if "q" not in row[0] for kind in (Device, Mixed)],
 )
 def test_what_the_cache_holds_goes_to_another_backend_of_the_kind(
     make: Make, kind: type[Driven], key: str, value: str, nbytes: int
 ) -> None:
-    driven, other = (make(kind, types=kv_types(key, value)) for _ in range(2))
+    types = kv_types(key, value)
+    driven, other = make(kind, types=types), make(Device if kind is Mixed else kind, types=types)
     *_, expected = map(driven.forward, (MicroBatch(0, 40), step := MicroBatch(40, 1, (0,))))
     for layer in range(LAYERS):
         for start, stop in ((0, 25), (25, 40)):
@@ -385,6 +396,17 @@ def test_a_kernel_that_fails_is_an_error(make: Make, monkeypatch: pytest.MonkeyP
 
 
 # ---- torch
+
+
+def test_a_layer_that_attends_in_host_memory_stands_alone_and_changes_no_bit(make: Make) -> None:
+    device, mixed = make(Device, "qwen2"), make(Mixed, "qwen2")
+    assert [piece.name.split(" .. ")[0] for piece in mixed.pieces] == [
+        "blk.0.attention", "blk.1.attention", "blk.1.feed_forward", "blk.2.attention", "blk.2.feed_forward"
+    ]  # fmt: skip
+    passes = (PROMPT, *((step,) for step in STEPS))
+    for streamed in ([], [key for key in mixed.blocks if key.layer == 1]):
+        mixed.stream(streamed)
+        assert all(np.array_equal(device.forward(*batches), mixed.forward(*batches)) for batches in passes)
 
 
 def test_torch_tells_what_it_takes_beside_the_matrices(make: Make) -> None:

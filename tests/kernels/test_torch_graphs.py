@@ -21,19 +21,24 @@ from support.fp8_checkpoints import fp8_checkpoint
 from support.running import PlainRunner, read_bytes, read_vector
 from support.tape import TapeRecorder
 from test_engine import split_at
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 import offload
 from offload.blocks import BlockKey
+from offload.demand import Demand
 from offload.elements import kv_types
 from offload.errors import Cancelled
 from offload.kernels.batch import MicroBatch
 from offload.kernels.torch.backend import TorchBackend
 from offload.kernels.torch.graphs import LENGTHS_KEPT, CudaRecorder, Graphs, Recorder
+from offload.kernels.torch.ops import on_host
 from offload.kernels.torch.products import DecodedProducts
 from offload.kernels.torch.token import POOL_SLACK_BYTES, graph_nbytes
 from offload.models.base import Model
 from offload.models.checkpoint import open_checkpoint
 from offload.models.registry import build_model
+from offload.plan import Plan
+from offload.planning import make_plan
 from offload.tiers.base import CancelToken
 from offload.tiers.vram import DeviceTier
 from offload.units import MIB
@@ -89,6 +94,31 @@ def test_pieces_that_wait_for_blocks_run_between_graphs(
     assert found[:2] == expected[:2] and np.array_equal(found[2], expected[2])
     if isinstance(given, TapeRecorder):
         assert given.replays > 330
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "deepseek_v2"])
+def test_layers_that_the_host_attends_to_run_between_graphs(
+    family: str, device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, given = tiny_checkpoint(family, tmp_path, max_position_embeddings=CTX), recorder(device)
+    expected = answers(model, device, None, monkeypatch)
+
+    def mixed(demand: Demand, ram: int, vram: int | None) -> Plan:
+        assert demand.kv is not None
+        need = demand.with_host_kv(frozenset(range(0, len(demand.kv.reaches), 2)))
+        return make_plan(replace(need, kv=None), ram, vram)
+
+    def fetched(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        assert _get_current_dispatch_mode() is None, "a card refuses to fetch anything while it records"
+        return on_host(*tensors)
+
+    monkeypatch.setattr("offload.kernels.torch.ops.on_host", fetched)
+    monkeypatch.setattr("offload.opening.make_plan", mixed)
+    plain, found = (answers(model, device, how, monkeypatch) for how in (None, given))
+    assert found[:2] == plain[:2] and np.array_equal(found[2], plain[2])
+    if isinstance(given, TapeRecorder):
+        assert given.replays > 330
+        assert np.array_equal(found[2], expected[2])
 
 
 class Driven:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.ropes import ropes
 
+from offload.config import KV_BUCKET
 from offload.kernels.ops import Attention
 from offload.kernels.torch.attention import attend
 from offload.kernels.torch.cache import TorchCache
@@ -154,6 +155,38 @@ def test_attention_over_cache_and_batch(window: int | None, softcap: float | Non
         mixed = ops.attention(query[rows], keys[rows], values[rows], attention)
         expected = naive_attention(query[rows], keys, values, start, attention)
         torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("start", [511, 512, 700, 767])
+@pytest.mark.parametrize("window", [1, 2, 256, 257, 300])
+def test_what_a_window_has_left_behind_is_not_looked_at(start: int, window: int) -> None:
+    """Nothing is a number there; a prompt and a single token agree with the definition, and a bucket's tokens look alike."""
+    attention, stop = Attention(layer=0, scale=0.4, window=window), start + TOKENS
+    query, keys, values = random(TOKENS, HEADS, DIM), random(stop, KV_HEADS, DIM), random(stop, KV_HEADS, DIM)
+    expected = naive_attention(query, keys, values, start, attention)
+    bucket = start // KV_BUCKET * KV_BUCKET
+    for rows in (slice(0, TOKENS), slice(0, 1)):
+        at = torch.arange(start, stop)[rows]
+        positions = Positions(at, int(at[-1]) + 1, first=start)
+        begins = positions.start(window)
+        assert begins % KV_BUCKET == 0 and bucket - window - KV_BUCKET < begins <= max(0, bucket - window + 1)
+        assert begins == Positions(at, stop, first=bucket).start(window)
+        cache = TorchCache(1, 1024, KV_HEADS, (DIM, DIM), torch.float32, torch.device("cpu"))
+        cache.store(0, torch.arange(stop), keys, values)
+        cache.store(0, torch.arange(begins), *(torch.full((begins, KV_HEADS, DIM), torch.nan) for _ in range(2)))
+        ops = TorchOps(WEIGHTS.__getitem__, cache, positions, torch.tensor([0]))
+        mixed = ops.attention(query[rows], keys[start:][rows], values[start:][rows], attention)
+        torch.testing.assert_close(mixed, expected[rows], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [{"softcap": 0.7}, {"sinks": "sinks"}, {}])
+def test_scores_of_few_tokens_at_a_time_are_those_of_all(kind: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, sinks = Attention(layer=0, scale=0.4, **kind), random(HEADS) if "sinks" in kind else None
+    query, keys, values = random(TOKENS, HEADS, DIM), random(9, KV_HEADS, DIM), random(9, KV_HEADS, DIM // 2)
+    mask = Positions(torch.arange(4, 9), 9).mask(None)
+    whole = attend(query, keys, values, mask, attention, sinks)
+    monkeypatch.setattr("offload.kernels.torch.attention.SCORES_BYTES", 4 * HEADS * 10 * 2)
+    torch.testing.assert_close(attend(query, keys, values, mask, attention, sinks), whole, atol=1e-6, rtol=1e-6)
 
 
 KINDS = [

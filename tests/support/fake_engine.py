@@ -54,6 +54,8 @@ class FakePlan:
     bank_slots: tuple[int, ...] = ()
     bank_bytes: int = 0
     device_slots: tuple[int, ...] = ()
+    device_kv_bytes: int = 0
+    host_kv: frozenset[int] = frozenset()
     missed_bytes: int = 0
     prefill_tokens_per_pass: int = 512
     demand: FakeDemand = field(default_factory=lambda: FakeDemand())

@@ -18,6 +18,7 @@ from offload.blocks import BlockKey
 from offload.elements import KVTypes
 from offload.errors import BackendError
 from offload.kernels.batch import Bytes, ExpertPlace, Floats, Foresight, Ints, MicroBatch, Piece
+from offload.kernels.torch.attention import device_attention_nbytes
 from offload.kernels.torch.cache import DTYPES, TorchCache
 from offload.kernels.torch.experts import Helper, TorchExperts
 from offload.kernels.torch.graphs import Graphs, Recorder, recorder_for
@@ -43,6 +44,7 @@ class TorchBackend:
         products: what multiplies; left out, what suits the device.
         helper: the host as second processor, for experts; left out, all are copied to the device.
         recorder: of what a token's pieces ask of the device; left out, what the device has, which may be nothing.
+        host_kv: layers whose keys and values lie in host memory, where the CPU attends to them.
     """
 
     name = "torch"
@@ -50,6 +52,7 @@ class TorchBackend:
     def __init__(
         self, model: Model, ctx: int, tier: DeviceTier, *, threads: int, kv_types: KVTypes,
         products: Products | None = None, helper: Helper | None = None, recorder: Recorder | None = None,
+        host_kv: AbstractSet[int] = frozenset(),
     ) -> None:  # fmt: skip
         torch.set_num_threads(threads)
         self._products = products or products_for(tier.device)
@@ -57,14 +60,17 @@ class TorchBackend:
         self._ctx = ctx
         self._tier = tier
         config = model.config
-        dtypes = [DTYPES[element] for element in kv_types[: len(config.cache_dims)]]
-        self._cache = TorchCache(config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtypes, tier.device)
+        self._cache = TorchCache(
+            config.num_layers, ctx, config.num_kv_heads, config.cache_dims,
+            [DTYPES[element] for element in kv_types[: len(config.cache_dims)]], tier.device, host_kv,
+        )  # fmt: skip
         self._rows = SharedRows(model, threads)
         self._sharing: Sharing | None = None
         self._offsets: dict[str, int] = {}
         self._spans: list[range] = []
         self._streamed: frozenset[str] = frozenset()
         self._pieces: list[Piece] = []
+        self._alone: list[bool] = []
         self._graphs = Graphs(recorder or recorder_for(tier.device))
         self._token: TokenOps | None = None
         self._vectors: dict[str, torch.Tensor] = {}
@@ -79,19 +85,23 @@ class TorchBackend:
 
     @staticmethod
     def device_nbytes(model: Model, ctx: int, kv_types: KVTypes, micro_batch: int, device: str) -> dict[str, int]:
-        """Bytes on the device beside the matrices, by purpose: the KV cache, and upper bounds of the temporaries."""
+        """Bytes on the device beside the matrices, by purpose: the KV cache, and upper bounds of the temporaries.
+
+        "kv" is of all layers alike; "attention" is needed where any of them is on the device.
+        """
         config = model.config
         row = sum(element.row_bytes(width) for element, width in zip(kv_types, config.cache_widths, strict=False))
         kv = config.num_layers * ctx * row
         decoded = 4 * max(info.num_elements for info in model.matrices.values())
         rows = min(micro_batch, ctx)
-        activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size + 3 * config.num_heads * ctx)
+        activations = 4 * rows * (6 * config.hidden_size + 4 * config.intermediate_size)
         vectors = 4 * sum(prod(vector.shape) for vector in model.vectors.values())
-        past = 8 * ctx * sum(config.cache_widths)  # of a layer, in float32, where no fused kernel takes it as stored
-        workspace = 3 * decoded + activations + past + TorchExperts.workspace_nbytes(model, rows)
-        target = torch.device(device)
-        graphs = graph_nbytes(model, ctx, products_for(target)) if target.type == "cuda" else 0
-        return {"kv": kv, "workspace": workspace, "graphs": graphs, "vectors": vectors}
+        workspace = 3 * decoded + activations + TorchExperts.workspace_nbytes(model, rows)
+        attention, target, graphs = device_attention_nbytes(model, ctx, rows), torch.device(device), 0
+        if target.type == "cuda":
+            graphs = graph_nbytes(model, 0, products_for(target))
+            attention += graph_nbytes(model, ctx, products_for(target)) - graphs
+        return {"kv": kv, "workspace": workspace, "attention": attention, "graphs": graphs, "vectors": vectors}
 
     @property
     def device(self) -> torch.device:
@@ -122,12 +132,13 @@ class TorchBackend:
         self._foresight = foresight
 
     def schedule(self, streamed: AbstractSet[BlockKey]) -> list[Piece]:
-        """See `Backend.schedule`. A stage with streamed blocks stands alone; others merge, from a mix to a router.
+        """See `Backend.schedule`. A stage with streamed blocks stands alone, and one that attends in host memory, since no
+        graph holds either; others merge, from a mix to a router.
 
         Layers whose experts are all held cut nothing.
         """
         pieces: list[Piece] = []
-        self._spans = []
+        self._spans, self._alone = [], []
         self._streamed = frozenset(key.name for key in streamed)
         self._graphs.forget()
         for index, stage in enumerate(self._model.stages):
@@ -135,7 +146,8 @@ class TorchBackend:
             missing = tuple(key for key in keys if key in streamed)
             cut = stage.layer if not self.experts.in_pass(stage.layer) else None
             routes, mixes = (cut if is_cut else None for is_cut in (stage.routes, stage.mixes))
-            if pieces and not (missing or pieces[-1].streamed or pieces[-1].routes is not None):
+            alone = bool(missing) or (stage.attends and stage.layer in self._cache.on_host)
+            if pieces and not (alone or self._alone[-1] or pieces[-1].routes is not None):
                 first = self._spans[-1].start
                 name, pinned = f"{self._model.stages[first].name} .. {stage.name}", pieces[-1].pinned + len(keys)
                 pieces[-1] = pieces[-1]._replace(name=name, pinned=pinned, routes=routes)
@@ -143,6 +155,7 @@ class TorchBackend:
             else:
                 pieces.append(Piece(stage.name, len(keys) - len(missing), missing, mixes, routes))
                 self._spans.append(range(index, index + 1))
+                self._alone.append(alone)
         self._pieces = pieces
         return pieces
 
@@ -167,26 +180,21 @@ class TorchBackend:
         embedded = torch.from_numpy(hidden.copy())
         if len(batches) == 1 and batches[0].num_tokens == 1 and batches[0].outputs == (0,):
             return self._begin_token(batches[0].start, embedded)
-        device = self._tier.device
-        self._hidden = list(torch.split(embedded.to(device), [batch.num_tokens for batch in batches]))
+        tokens = [batch.num_tokens for batch in batches]
+        self._hidden = list(torch.split(embedded.to(self._tier.device), tokens))
         self._parts = [{} for _ in batches]
-        self._ops = [
-            TorchOps(
-                self._weight,
-                self._cache,
-                self._positions(batch),
-                torch.tensor(batch.outputs or (0,), dtype=torch.int64, device=device),
-                self._product,
-            )
-            for batch in batches
-        ]
+        self._ops = [self._ops_for(batch) for batch in batches]
         return None
 
-    def _positions(self, batch: MicroBatch) -> Positions:
+    def _ops_for(self, batch: MicroBatch) -> TorchOps:
         """A single token is computed by the same kernels whatever pass it is in."""
-        at = torch.arange(batch.start, batch.kv_length, device=self._tier.device)
+        device = self._tier.device
         length = batch.kv_length if batch.num_tokens > 1 else kv_length(batch.start, self._ctx)
-        return Positions(at, length, self._cache.loads)
+        outputs = torch.tensor(batch.outputs or (0,), dtype=torch.int64, device=device)
+        at = torch.arange(batch.start, batch.kv_length, device=device)
+        here = Positions(at, length, self._cache.loads, batch.start)
+        on_host = Positions(at.cpu(), length, first=batch.start) if self._cache.on_host else None
+        return TorchOps(self._weight, self._cache, here, outputs, self._product, on_host)
 
     def _begin_token(self, position: int, embedded: torch.Tensor) -> None:
         """Starts a pass over one token, whose pieces run as graphs where none of their blocks has to arrive."""
@@ -205,7 +213,7 @@ class TorchBackend:
         self._look()
         work = partial(self._advance, self._spans[piece], batch)
         token = self._token
-        if token is None or self._ops[batch] is not token or self._pieces[piece].streamed:
+        if token is None or self._ops[batch] is not token or self._alone[piece]:
             work()
         else:
             self._graphs.run(self._pieces[piece].name, token.positions.length, work)
@@ -315,6 +323,7 @@ class TorchBackend:
         self._graphs.forget()
         self._ops, self._hidden, self._parts, self._vectors, self._token = [], [], [], {}, None
         self._rows.close()
+        self._cache.close()
 
     def _weight(self, name: str) -> torch.Tensor:
         vector = self._vectors.get(name)

@@ -36,6 +36,7 @@ class TorchOps(Ops[torch.Tensor]):
         product: multiplies by a matrix, `product(x, name)`; left out, its values are multiplied.
         cache: holds the positions before those of the batch; the batch's own are added to it.
         positions: where the tokens stand; all from 0 to the largest must be in the cache or in the batch.
+        host_positions: the same in host memory, where the cache keeps layers there.
         output_rows: int64, rows of the batch whose logits are asked for.
 
     Attributes:
@@ -45,12 +46,13 @@ class TorchOps(Ops[torch.Tensor]):
 
     def __init__(
         self, weights: Weights, cache: TorchCache, positions: Positions, output_rows: torch.Tensor,
-        product: Callable[[torch.Tensor, str], torch.Tensor] | None = None,
+        product: Callable[[torch.Tensor, str], torch.Tensor] | None = None, host_positions: Positions | None = None,
     ) -> None:  # fmt: skip
         self._weights = weights
         self._product = product or (lambda x, name: functional.linear(x, weights(name)))
         self._cache = cache
         self._positions = positions
+        self._host_positions = host_positions
         self._output_rows = output_rows
         self.routed: dict[int, Routed] = {}
         self.chosen: dict[int, torch.Tensor] = {}
@@ -102,10 +104,17 @@ class TorchOps(Ops[torch.Tensor]):
     def attention(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention: Attention
     ) -> torch.Tensor:
-        self._cache.store(attention.layer, self._positions.at, key, value)
-        keys, values = self._cache.load(attention.layer, self._positions.length, value.shape[-1])
-        sinks = None if attention.sinks is None else self._weights(attention.sinks)
-        return attend(query, keys, values, self._positions.mask(attention.window), attention, sinks)
+        layer, window, positions, device = attention.layer, attention.window, self._positions, query.device
+        sinks = [] if attention.sinks is None else [self._weights(attention.sinks)]
+        if layer in self._cache.on_host:
+            assert self._host_positions is not None
+            positions = self._host_positions
+            query, key, value, *sinks = on_host(query, key, value, *sinks)
+        self._cache.store(layer, positions.at, key, value)
+        keys, values = self._cache.load(layer, positions.length, value.shape[-1], positions.start(window))
+        mixed = attend(query, keys, values, positions.mask(window), attention, *sinks)
+        # pageable memory is read before this returns, so nobody need wait
+        return mixed.to(device, non_blocking=True)
 
     def glu(self, gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
         if activation == "swiglu_oai":
@@ -157,6 +166,13 @@ class TorchOps(Ops[torch.Tensor]):
     def keep(self, _name: Hashable, value: torch.Tensor) -> torch.Tensor:
         """What is read after the run of stages that computed it, by the next one or by the host."""
         return value
+
+
+def on_host(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """They in host memory, float32, in one copy."""
+    together = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
+    parts = torch.split(together, [tensor.numel() for tensor in tensors])
+    return tuple(part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True))
 
 
 def _biased(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+from offload.config import KV_BUCKET
 from offload.kernels.ops import Rope
+from offload.units import align_down
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -18,15 +20,18 @@ class Positions:
         at: int64 [num_tokens], on the device.
         extent: the most positions that are attended to, from 0 on.
         dtype: of masks.
+        first: position of the first token.
 
     Attributes:
         length: how many of them are attended to, those after a token's own masked: tensors have this length. Host code
             knows it, so it must not follow from the positions alone where kernels are recorded and replayed.
+        first: as given. Only its bucket matters.
     """
 
-    def __init__(self, at: torch.Tensor, extent: int, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, at: torch.Tensor, extent: int, dtype: torch.dtype = torch.float32, first: int = 0) -> None:
         self.at = at
         self.length = extent
+        self.first = first
         self._extent = extent
         self._dtype = dtype
         self._frequencies: dict[Rope, torch.Tensor] = {}
@@ -47,11 +52,18 @@ class Positions:
             self._rotations[rope] = self._turned(rope)
         return self._rotations[rope]
 
+    def start(self, window: int | None) -> int:
+        """Where attention begins: whole buckets that the window has left are not looked at.
+
+        The same for all tokens of a bucket, as the length is.
+        """
+        return 0 if window is None else align_down(max(0, align_down(self.first, KV_BUCKET) - window + 1), KV_BUCKET)
+
     def mask(self, window: int | None) -> torch.Tensor:
-        """Zero where a query [num_tokens] sees a key [length], minus infinity elsewhere."""
+        """Zero where a query [num_tokens] sees a key [length - start], minus infinity elsewhere."""
         if window not in self._masks:
             self._masks[window] = self._hidden(window)
-        return self._masks[window][:, : self.length]
+        return self._masks[window][:, self.start(window) : self.length]
 
     def refresh(self) -> None:
         """Computes all that was ever asked for into the tensors that were given out."""

@@ -37,7 +37,8 @@ class TokenOps(TorchOps):
     ) -> None:  # fmt: skip
         at, row = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
         self.positions = Positions(at, ctx, cache.loads)
-        super().__init__(weights, cache, self.positions, row, product)
+        on_host = Positions(torch.zeros(1, dtype=torch.int64), ctx) if cache.on_host else None
+        super().__init__(weights, cache, self.positions, row, product, on_host)
         self.logits: dict[int, torch.Tensor] = {}
         self._ctx = ctx
         self._device = device
@@ -45,8 +46,12 @@ class TokenOps(TorchOps):
 
     def begin(self, position: int, hidden: torch.Tensor) -> torch.Tensor:
         """The next token's hidden state [1, hidden_size], where it stays; `positions.refresh` has still to be called."""
-        self.positions.at.fill_(position)
-        self.positions.length = kv_length(position, self._ctx)
+        for positions in (self.positions, self._host_positions):
+            if positions is not None:
+                positions.at.fill_(position)
+                positions.first, positions.length = position, kv_length(position, self._ctx)
+        if self._host_positions is not None:
+            self._host_positions.refresh()
         return self.keep("hidden", hidden)
 
     def keep(self, name: Hashable, value: torch.Tensor) -> torch.Tensor:
