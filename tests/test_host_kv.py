@@ -169,8 +169,9 @@ def test_what_attention_takes_of_host_memory_is_within_what_is_planned(name: str
     dims = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
     features = (config.head_dim, config.head_dim, config.value_dim or config.head_dim)
     cpu = torch.device("cpu")
+    dtypes = [torch.float16] * len(config.cache_dims)
     cache = TorchCache(
-        config.num_layers, ctx, config.num_kv_heads, config.cache_dims, torch.float16, cpu, frozenset({attention.layer})
+        config.num_layers, ctx, config.num_kv_heads, config.cache_dims, dtypes, cpu, frozenset({attention.layer})
     )
     positions = Positions(torch.arange(ctx - tokens, ctx), ctx, first=ctx - tokens)
     positions.mask(attention.window)
