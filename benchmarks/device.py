@@ -163,7 +163,7 @@ class Needs:
     """What is always on the device, and what all dense matrices and all experts take there."""
 
     def __init__(self, model: Path, device: str) -> None:
-        demand = plan_model(model, device=device, ctx=CTX).demand
+        demand = plan_model(model, device=device, ctx=CTX, host_compute="off").demand  # the KV cache is on the card
         assert demand.device_fixed is not None
         self.fixed = sum(demand.device_fixed.values())
         self.dense = sum(block.footprint for block in demand.blocks)
@@ -200,7 +200,8 @@ def decode(
 ) -> Sequence[str]:
     """One load, a run to warm up, and one that counts."""
     check_there(model)
-    vram, raised = possible(model, run.options.device, Needs(model, run.options.device).vram(dense, experts))
+    wanted = Needs(model, run.options.device).vram(dense, experts)
+    vram, raised = possible(model, run.options.device, wanted, host_compute)
     settings = {"temperature": 0, "ignore_eos": True, "max_tokens": run.options.tokens}
     with (
         nullcontext() if overlap else without_overlap(),
@@ -225,10 +226,10 @@ def check_there(model: Path) -> None:
         raise FileNotFoundError(f"python benchmarks/synthesize.py {model.stem} {model} makes it")
 
 
-def possible(model: Path, device: str, vram: int) -> tuple[int, str]:
+def possible(model: Path, device: str, vram: int, host_compute: str = "off") -> tuple[int, str]:
     """The budget, or the least that the model needs."""
     try:
-        plan_model(model, device=device, vram=vram, ctx=CTX)
+        plan_model(model, device=device, vram=vram, ctx=CTX, host_compute=host_compute)
     except BudgetError as error:
         return error.minimum_bytes, ", raised to the least"
     return vram, ""

@@ -133,7 +133,7 @@ def filled(count: int) -> tuple[SimpleNamespace, Workspace, list[Graph]]:
 
 
 def graph_of(*contexts: int) -> Graph:
-    return Graph(contexts, (), {}, {}, ctypes.c_uint64(), [], ())
+    return Graph(contexts, (), {}, {}, ctypes.c_uint64(), [], (), {})
 
 
 def test_the_graph_that_was_not_asked_for_longest_makes_room() -> None:

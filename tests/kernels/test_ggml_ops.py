@@ -266,7 +266,7 @@ def test_attention_over_a_cache_of_any_types(kernels: Kernels, key: str, value: 
     model: Any = SimpleNamespace(config=config)
     memory = np.zeros(cache_nbytes(model, CTX, types), np.uint8)
     cache = KVCache(kernels.lib, kernels.anchor, model, CTX, types)
-    cache.place(memory.ctypes.data)
+    cache.place(memory.ctypes.data, elsewhere=frozenset())
     attention = Attention(layer=1, scale=dim**-0.5)
     bounds = (0, 5, 6, 100, 101, 300, 301)
     query, both = random(bounds[-1], HEADS * dim), random(bounds[-1], 2 * KV_HEADS * dim)
