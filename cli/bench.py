@@ -18,9 +18,10 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from offload.cli.grouping import grouped
+from offload.cli.load_options import LoadOptions
 from offload.cli.loading import open_engine
 from offload.cli.models import resolve_model
-from offload.cli.options import DebugOption, JsonOption, LoadOptions, ModelArgument, QuietOption
+from offload.cli.options import DebugOption, JsonOption, ModelArgument, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import disk_use, resident_share
 from offload.cli.text import output_console

@@ -23,16 +23,9 @@ from offload.cli.chat_input import Input, LineHistory, PlainInput, Quoted, Termi
 from offload.cli.chat_state import Conversation
 from offload.cli.grouping import grouped
 from offload.cli.interrupt import interrupt_calls, keys_unseen, signals_unwind
+from offload.cli.load_options import LoadOptions
 from offload.cli.loading import open_engine
-from offload.cli.options import (
-    AnswerOptions,
-    DebugOption,
-    LoadOptions,
-    ModelArgument,
-    QuietOption,
-    SamplingOptions,
-    was_typed,
-)
+from offload.cli.options import AnswerOptions, DebugOption, ModelArgument, QuietOption, SamplingOptions, was_typed
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.render import LiveView, PlainView, View
 from offload.cli.status import StatusLine

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import psutil
 import typer
 
+from offload.cli.load_options import AutoChoice, LoadOptions, PlanOptions
 from offload.cli.models import resolve_model
-from offload.cli.options import AutoChoice, LoadOptions, PlanOptions
 from offload.cli.progress import Bars
 from offload.errors import OffloadError
 from offload.units import format_size

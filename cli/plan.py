@@ -14,8 +14,9 @@ from rich.table import Table
 from rich.text import Text
 
 from offload.cli.grouping import grouped
+from offload.cli.load_options import PlanOptions
 from offload.cli.loading import make_plan, notes
-from offload.cli.options import DebugOption, JsonOption, ModelArgument, PlanOptions
+from offload.cli.options import DebugOption, JsonOption, ModelArgument
 from offload.cli.text import output_console
 from offload.units import GIB, format_duration, format_rate, format_size, format_speed
 

@@ -9,16 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from offload.cli.grouping import grouped
+from offload.cli.load_options import LoadOptions
 from offload.cli.loading import open_engine
-from offload.cli.options import (
-    AnswerOptions,
-    DebugOption,
-    JsonOption,
-    LoadOptions,
-    ModelArgument,
-    QuietOption,
-    SamplingOptions,
-)
+from offload.cli.options import AnswerOptions, DebugOption, JsonOption, ModelArgument, QuietOption, SamplingOptions
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.report import completion_json, completion_line
 from offload.cli.streams import json_text

@@ -11,8 +11,9 @@ import typer
 from rich.table import Table
 
 from offload.cli.grouping import grouped
+from offload.cli.load_options import LoadOptions
 from offload.cli.loading import open_engine
-from offload.cli.options import DebugOption, ExpertModelArgument, JsonOption, LoadOptions, QuietOption
+from offload.cli.options import DebugOption, ExpertModelArgument, JsonOption, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.run import read_prompt
 from offload.cli.text import output_console, user_path

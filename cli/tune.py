@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from offload.cli.grouping import grouped
+from offload.cli.load_options import AutoChoice, LoadOptions
 from offload.cli.loading import open_engine
 from offload.cli.models import resolve_model
-from offload.cli.options import AutoChoice, DebugOption, ExpertModelArgument, JsonOption, LoadOptions, QuietOption
+from offload.cli.options import DebugOption, ExpertModelArgument, JsonOption, QuietOption
 from offload.cli.progress import Bars, bars_wanted
 from offload.cli.run import read_prompt
 from offload.errors import UsageError

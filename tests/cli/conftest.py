@@ -18,7 +18,7 @@ def fake() -> FakeEngine:
 def engine_module(fake: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> FakeEngineModule:
     module = FakeEngineModule(fake)
     monkeypatch.setitem(sys.modules, "offload.engine", module)  # type: ignore[misc]
-    for place in ("planning", "what_if"):
+    for place in ("what_if", "planning"):  # the first is imported here, with what the second has
         monkeypatch.setattr(f"offload.{place}.with_budget", with_budget)
     return module
 

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from offload.cli.chat_files import chat_path
 from offload.cli.grouping import grouped
+from offload.cli.load_options import KVType, LoadOptions
 from offload.cli.loading import OPENING, open_engine
 from offload.cli.models import resolve_model
-from offload.cli.options import AnswerOptions, KVType, LoadOptions, SamplingOptions
+from offload.cli.options import AnswerOptions, SamplingOptions
 from offload.config import SamplingConfig
 from offload.errors import UsageError
 
