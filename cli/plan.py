@@ -152,11 +152,8 @@ def _moved(plan: Plan, bandwidth_bps: float) -> str:
     if not last:
         where = "fits into what only prompts need" if plan.from_disk or plan.bank_bytes_on_disk else "stays in memory"
         return f"nothing: all that tokens need {where}"
-    later = (
-        ""
-        if first == last
-        else f", {format_size(last)} at the end of a full context, whose cache holds weights until then"
-    )
+    why = "with the cache that is on disk" if plan.demand.kv_streamed_bytes else "whose cache holds weights until then"
+    later = "" if first == last else f", {format_size(last)} at the end of a full context, {why}"
     return f"{format_size(first)} per token at {format_rate(bandwidth_bps)}{later}"
 
 
