@@ -3,8 +3,8 @@
     python benchmarks/long_context.py --ctx 16384 --share 1 --share 0.5 --share 0.25 --share 0.05
 
 The demo model. A share is of the whole cache; the rest lies on disk. What decoding reaches is its reads over the bandwidth
-that the probe finds on the file of the model, in the same run. Log-probabilities of the ten likeliest tokens are compared bit
-by bit.
+that the probe finds on the file of the model, in the same run. Log-probabilities of the ten likeliest tokens are compared
+bit by bit.
 """
 
 from __future__ import annotations

@@ -66,8 +66,8 @@ class Scheduler:
         if self._sharing is not None:
             self._sharing.begin(tokens)
         self._backend.begin(batches, hidden)
-        self._residency.begin(batches[0].start, batches[-1].kv_length)
         try:
+            self._residency.begin(batches[0].start, batches[-1].kv_length)
             for number, piece in enumerate(self._pieces):
                 self._run(number, piece, len(batches), cancel)
         except BaseException:
