@@ -116,7 +116,7 @@ def test_a_trace_that_cannot_be_written_is_refused_before_loading(
 
 
 def test_a_trace_in_a_folder_that_is_not_writable_is_refused(invoke, engine_module, model, tmp_path, monkeypatch):
-    monkeypatch.setattr("offload.cli.options.os.access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr("offload.cli.load_options.os.access", lambda path, mode: mode != os.W_OK)
     result = invoke("run", model, "-p", "x", env={"OFFLOAD_TRACE": str(tmp_path / "trace.json")})
     assert result.exit_code == 2 and "not writable" in result.stderr and engine_module.loads == []
 
